@@ -1,0 +1,38 @@
+"""How every command ends when its user has to mend something: one line a problem on stderr, a status, no traceback."""
+
+import argparse
+import sys
+
+
+class UserError(Exception):
+    """Something the user can mend: what is wrong, where, and what to type instead. One line a problem."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors raised as UserError (one line, not a page of usage) and defaults shown in --help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def report(error):
+    """Prints each line of a UserError to stderr as `error: …`."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def run(main):
+    """Runs a command's `main()` and exits: 0 when it returns, 1 on a UserError, 130 on Ctrl-C."""
+    try:
+        main()
+    except UserError as error:
+        report(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `tools/inspect_mds.py DIR | head`
+        sys.stderr.close()
+        sys.exit(1)
