@@ -1,0 +1,331 @@
+"""Every setting: its type, its bounds, its default and its meaning. A config is data and is never executed.
+
+    bash launch/train.sh configs/gpt2_124m.yaml --optim.learning_rate 3e-4 --train.micro_batch_size 16
+
+A YAML file states what differs from the defaults below, or from the file that its `base:` names. Options of the
+command line come last. All problems are found together, before a process group, a dataset or a model exists.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nanogpt.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Run(Section):
+    """Who this run is, and where it starts from."""
+    name: str = Field("gpt", pattern=r"^[\w.-]+$", description="name of the run (default: that of its config file)")
+    dir: str | None = Field(None, description="run folder (default: runs/NAME)")
+    seed: Count = Field(1337, description="seed of the initial weights and of dropout")
+    resume: str = Field("auto", description="auto: go on from the newest complete checkpoint, if there is one; "
+                        "never: start anew, in an empty folder; PATH: go on from this checkpoint")
+    init_from: str | None = Field(None, description="take the weights alone, from a checkpoint or run folder: finetuning")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one, else the CPU")
+
+
+class Data(Section):
+    """What is read, and in which order. Nothing here may change when a run is resumed, but the cache."""
+    path: str | None = Field(None, description="dataset folder, or its URL (s3://…, gs://…), as the converters write it")
+    cache_dir: str | None = Field(None, description="where shards of a URL are kept (default: RUN_DIR/cache)")
+    cache_limit: str | None = Field(None, description="room for cached shards, as 200gb (default: no limit)")
+    num_canonical_nodes: Positive = Field(8, description="parts of the order, dealt to nodes: keep it ≥ nodes")
+    shuffle: bool = Field(True, description="a new order each epoch; off: the order of the dataset")
+    shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = Field("py1e", description="as in streaming")
+    shuffle_seed: Count = Field(9176, description="seed of the order")
+    shuffle_block_size: Positive = Field(1 << 18, description="samples among which the order is random")
+
+
+class Model(Section):
+    """The GPT. The defaults are those of GPT-2 124M."""
+    n_layer: Positive = Field(12, description="blocks")
+    n_head: Positive = Field(12, description="attention heads")
+    n_embd: Positive = Field(768, description="width; a multiple of n_head")
+    block_size: Positive = Field(1024, description="context in tokens; that of the dataset, or a divisor of it")
+    vocab_size: Positive | None = Field(None, description="ids (default: from the dataset's tokenizer)")
+    dropout: Fraction = Field(0.0, description="on embeddings, attention and residual branches")
+    bias: bool = Field(True, description="biases in Linear and LayerNorm, as in GPT-2; off is a little better and faster")
+
+
+class Optim(Section):
+    """AdamW, clipping, and the learning rate as a function of the step."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(6e-4, description="its peak")
+    min_learning_rate: Amount | None = Field(None, description="its end (default: a tenth of the peak; wsd: 0)")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after warmup: cosine decay; constant then a linear decay over decay_steps; constant")
+    warmup_steps: Count = Field(0, description="steps of linear increase; the first step is not zero")
+    decay_steps: Positive | None = Field(
+        None, description="cosine: the step at which the end is reached (default: the last); "
+        "wsd: length of the final decay (default: a fifth of the run)")
+    weight_decay: Amount = Field(0.1, description="on matrices and embeddings; never on vectors")
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    grad_clip: Amount = Field(1.0, description="largest norm of the whole gradient; 0: no clipping")
+
+
+class Train(Section):
+    """How much, in which pieces, in which precision."""
+    max_steps: Positive | None = Field(None, description="optimizer steps of the whole run")
+    max_tokens: Positive | None = Field(None, description="tokens of the whole run, rounded up to whole steps; "
+                                        "with max_steps: whichever comes first")
+    global_batch_size: Positive = Field(480, description="sequences an optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(12, description="sequences a rank puts through the model at once")
+    precision: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
+    compile: bool = Field(True, description="torch.compile, block by block")
+
+
+class Eval(Section):
+    """Loss on the same sequences each time, of train and of val."""
+    interval: Count = Field(1000, description="steps between evaluations; 0: only at the end")
+    sequences: Positive = Field(1600, description="sequences of each split (fewer where the split has fewer)")
+
+
+class Sharding(Section):
+    """How weights, gradients and optimizer state are laid over the ranks. Free to change when a run is resumed."""
+    strategy: Literal["full", "grad", "hybrid", "replicate"] = Field(
+        "full", description="full: all sharded; grad: weights kept whole between forward and backward; "
+        "hybrid: full within a group of shard_size ranks, replicas across groups; replicate: everything on every rank")
+    shard_size: Positive | None = Field(None, description="ranks of a hybrid group (default: those of one node)")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="recompute activations in backward: full: all of a block; selective: all but its matmuls")
+    cpu_offload: bool = Field(False, description="keep weights and optimizer state in host memory")
+
+
+class Checkpoint(Section):
+    """What is saved, and what is kept. The last step is always saved."""
+    interval: Count = Field(1000, description="steps between checkpoints; 0: only at the end")
+    keep_last: Positive = Field(2, description="how many of the newest are kept")
+    keep_every: Count = Field(0, description="also keep each whose step is a multiple of this; 0: none")
+    async_save: bool = Field(True, description="write in the background while training goes on")
+
+
+class Log(Section):
+    """What is told, and to whom. metrics.jsonl and log.txt in the run folder are always written."""
+    interval: Positive = Field(10, description="steps between log lines; only then does the host wait for the device")
+    wandb: Literal["off", "online", "offline"] = Field("off", description="Weights & Biases; the key comes from its login")
+    wandb_project: str = "nanogpt"
+
+
+class Config(Section):
+    """One run."""
+    run: Run = Field(default_factory=Run)
+    data: Data = Field(default_factory=Data)
+    model: Model = Field(default_factory=Model)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    sharding: Sharding = Field(default_factory=Sharding)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    log: Log = Field(default_factory=Log)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.run.name}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.model.block_size
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run: the smaller of max_steps and max_tokens / tokens_per_step, rounded up."""
+        by_tokens = -(-self.train.max_tokens // self.tokens_per_step) if self.train.max_tokens else None
+        return min(n for n in (self.train.max_steps, by_tokens) if n is not None)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches a rank puts through the model for one optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+
+
+def load_config(argv: list[str], world_size: int = 1, local_world_size: int = 1) -> Config:
+    """CONFIG.yaml and `--section.key value` options, merged and checked.
+
+    Raises UserError with one line for each problem, naming the file or the option.
+    """
+    files = [a for i, a in enumerate(argv) if not a.startswith("--") and (i == 0 or not _takes_value(argv[i - 1]))]
+    if len(files) != 1:
+        found = f"found {', '.join(files)}" if files else "found none; configs/ has some"
+        raise UserError(f"one config file is needed, as in: configs/quickstart.yaml --train.max_steps 100 ({found})")
+    values, origin = _read_yaml(Path(files[0]))
+    problems = _apply_options(argv, values, origin)
+    values.setdefault("run", {})
+    if isinstance(values["run"], dict):
+        values["run"].setdefault("name", Path(files[0]).stem)
+
+    try:
+        config = Config.model_validate(values)
+        wrong = set()
+    except ValidationError as error:
+        wrong = set()
+        for e in error.errors():
+            key = ".".join(str(part) for part in e["loc"])
+            wrong.add(key)
+            problems.append(f"{_where(key, origin)}: {_explain(e, key)}")
+        # The rest is checked with defaults in the place of what is wrong, so that everything is told at once.
+        config = Config.model_validate(_without(values, wrong))
+    for keys, message in _contradictions(config, world_size, local_world_size):
+        if not any(k == w or k.startswith(w + ".") for k in keys for w in wrong):
+            problems.append(f"{_where(keys[0], origin)}: {message}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _contradictions(c: Config, world_size: int, local_world_size: int):
+    """Yields ([keys], message) for settings that are fine alone and wrong together. The first key gets the blame."""
+    ranks = f"{world_size} rank{'s' * (world_size > 1)}"
+    if c.data.path is None:
+        yield ["data.path"], "a dataset folder is needed; tools/convert_text_to_mds.py makes one"
+    if c.model.n_embd % c.model.n_head:
+        yield ["model.n_embd", "model.n_head"], f"{c.model.n_embd} is not a multiple of n_head {c.model.n_head}"
+    if c.train.max_steps is None and c.train.max_tokens is None:
+        yield ["train.max_steps", "train.max_tokens"], "max_steps or max_tokens is needed, so that the run has an end"
+    elif c.optim.warmup_steps >= c.max_steps:
+        yield (["optim.warmup_steps", "train.max_steps", "train.max_tokens"],
+               f"{c.optim.warmup_steps} is not below the {c.max_steps} steps of the run")
+    if c.optim.schedule == "cosine" and c.optim.decay_steps and c.optim.decay_steps <= c.optim.warmup_steps:
+        yield ["optim.decay_steps", "optim.warmup_steps"], f"must be above warmup_steps {c.optim.warmup_steps}"
+    if c.optim.min_learning_rate is not None and c.optim.min_learning_rate > c.optim.learning_rate:
+        yield ["optim.min_learning_rate"], f"is above learning_rate {c.optim.learning_rate:g}"
+    each = c.train.micro_batch_size * world_size
+    if c.train.global_batch_size % each:
+        yield (["train.global_batch_size", "train.micro_batch_size"],
+               f"{c.train.global_batch_size} is not a multiple of {ranks} x micro_batch_size "
+               f"{c.train.micro_batch_size} = {each}; the nearest are "
+               f"{max(1, c.train.global_batch_size // each) * each} and {(c.train.global_batch_size // each + 1) * each}")
+    if c.sharding.strategy == "hybrid" and world_size % (c.sharding.shard_size or local_world_size):
+        yield (["sharding.shard_size", "sharding.strategy"],
+               f"{c.sharding.shard_size or local_world_size} does not divide {ranks}")
+    if c.sharding.shard_size and c.sharding.strategy != "hybrid":
+        yield ["sharding.shard_size", "sharding.strategy"], "only strategy hybrid has it"
+    if c.run.init_from and c.run.resume not in ("auto", "never"):
+        yield ["run.init_from", "run.resume"], "init_from and resume: PATH exclude each other"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
+    """(nested values, {key: file that set it}) of a config and of those it is based on."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: its base leads back to itself")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], 1)
+        raise UserError(f"{path}: {error.strerror.lower()}"
+                        + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected sections like `train:`, found {type(values).__name__}")
+    base = values.pop("base", None)
+    origin = {".".join(key): str(path) for key in _keys(values)}
+    if base is None:
+        return values, origin
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base must be the name of a file beside it, found {base!r}")
+    below, below_origin = _read_yaml(path.parent / base, (*seen, path.resolve()))
+    return _merge(below, values), below_origin | origin
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand only once."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key!r} stands twice, the second time on line {node.start_mark.line + 1} or below")
+        return super().construct_mapping(node, deep)
+
+
+def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
+    """Writes `--section.key value` and `--section.key=value` into values; returns the problems found."""
+    problems = []
+    for i, arg in enumerate(argv):
+        if not arg.startswith("--"):
+            continue
+        option, equals, value = arg.partition("=")
+        key = option[2:]
+        if not equals:
+            if i + 1 == len(argv) or argv[i + 1].startswith("--"):
+                problems.append(f"{option}: a value is needed, as in {option}=true")
+                continue
+            value = argv[i + 1]
+        section, _, name = key.partition(".")
+        origin[key] = option
+        if not name:  # an unknown key at the top: validation tells it, with a suggestion
+            values[key] = value
+        elif isinstance(values.setdefault(section, {}), dict):
+            values[section][name] = None if value in ("null", "none", "None") else value
+    return problems
+
+
+def _takes_value(arg: str) -> bool:
+    return arg.startswith("--") and "=" not in arg
+
+
+def _keys(values, prefix=()):
+    for key, value in values.items():
+        yield (*prefix, str(key))
+        if isinstance(value, dict):
+            yield from _keys(value, (*prefix, str(key)))
+
+
+def _merge(below: dict, above: dict) -> dict:
+    both = [k for k in above if isinstance(above[k], dict) and isinstance(below.get(k), dict)]
+    return below | above | {k: _merge(below[k], above[k]) for k in both}
+
+
+def _without(values: dict, wrong: set, prefix: str = "") -> dict:
+    return {k: _without(v, wrong, f"{prefix}{k}.") if isinstance(v, dict) else v
+            for k, v in values.items() if f"{prefix}{k}" not in wrong}
+
+
+# ---- telling what is wrong ------------------------------------------------------------------------------------------
+
+def _where(key: str, origin: dict) -> str:
+    """`configs/x.yaml: optim.learning_rate`, `--optim.learning_rate`, or the bare key where only its default stands."""
+    place = origin.get(key)
+    return key if place is None else place if place.startswith("--") else f"{place}: {key}"
+
+
+def _explain(error: dict, key: str) -> str:
+    if error["type"] != "extra_forbidden":
+        given = error["input"]
+        return error["msg"][0].lower() + error["msg"][1:] + ("" if isinstance(given, dict) else f" (found {given!r})")
+    known = [".".join(k) for k in _keys(Config().model_dump())]
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    near = near or [k for k in known if k.endswith("." + key.split(".")[-1])]  # nanoGPT's flat names
+    return "no such setting" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
+
+
+def help_text() -> str:
+    """Every setting with its type, default and meaning."""
+    lines = [__doc__.strip(), ""]
+    for section_name, section in Config.model_fields.items():
+        section = section.annotation
+        lines += [f"{section_name}: {section.__doc__}"]
+        for name, field in section.model_fields.items():
+            schema = section.model_json_schema()["properties"][name]
+            kinds = [k for k in schema.get("anyOf", [schema]) if k.get("type") != "null"]
+            kind = "|".join(kinds[0]["enum"]) if "enum" in kinds[0] else kinds[0]["type"]
+            default = "" if field.default is None else f" [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
+            lines += [f"  --{section_name}.{name} {kind.upper() if '|' not in kind else kind}{default}"]
+            lines += [f"      {field.description}"] if field.description else []
+        lines += [""]
+    return "\n".join(lines)

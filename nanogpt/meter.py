@@ -1,0 +1,170 @@
+"""What a run tells: console and log.txt, metrics.jsonl, wandb. Speed is measured over the training steps alone."""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import torch
+
+# Dense bfloat16 tensor-core peaks in TFLOP/s, from the vendors' data sheets; the first name found in the device's
+# own name counts, so the longer names come first.
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989,
+    "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125, "L40S": 362, "L40": 181, "L4": 121,
+    "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "RTX 6000 Ada": 364,
+    "MI300X": 1307, "MI250X": 383,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bfloat16 FLOP/s of the device that is really there; None where it is not in the table, or a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Largest memory so far in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Meter:
+    """Times the loop and writes what it is given. Only rank 0 writes; all ranks may call everything."""
+
+    def __init__(self, config, device: torch.device, world_size: int, flops_per_token: int, writes: bool):
+        self.config, self.device, self.world_size, self.writes = config, device, world_size, writes
+        self.flops_per_token, self.peak = flops_per_token, peak_flops(device)
+        self.metrics, self.text, self.wandb = None, None, None
+        self.last_step = config.max_steps
+
+    def open(self, first_step: int):
+        """Opens the run folder's files, and takes back what was logged past first_step (the run goes on from there)."""
+        if self.writes:
+            folder = self.config.run_dir
+            path = folder / "metrics.jsonl"
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines(True) if _step(line) <= first_step]
+                aside = path.with_name(".metrics.jsonl.partial")
+                aside.write_text("".join(kept))
+                os.replace(aside, path)
+            self.metrics = open(path, "a", buffering=1)
+            self.text = open(folder / "log.txt", "a", buffering=1)
+            self._open_wandb(folder)
+        self.start(first_step)
+
+    def _open_wandb(self, folder: Path):
+        c = self.config
+        if c.log.wandb == "off":
+            return
+        try:
+            import wandb
+            id_file = folder / "wandb_id"  # a resumed run goes on in the same curve
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:12])
+            self.wandb = wandb.init(project=c.log.wandb_project, name=c.run.name, id=id_file.read_text().strip(),
+                                    dir=str(folder), mode=c.log.wandb, config=c.model_dump(),
+                                    resume="allow" if c.log.wandb == "online" else None)
+        except Exception as error:
+            self.say(f"warning: wandb is off for this run ({type(error).__name__}: {error})")
+
+    def say(self, line: str):
+        """One line for the user, on the console and in log.txt."""
+        if self.writes:
+            print(line, flush=True)
+            if self.text:
+                self.text.write(line + "\n")
+
+    # ---- time -------------------------------------------------------------------------------------------------------
+
+    def start(self, step: int):
+        """Begins a window of steps after `step`."""
+        self.window_step, self.window_start = step, time.perf_counter()
+        self.waited = self.paused = 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_data(self):
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def not_training(self):
+        """Evaluation and saving do not count as training time."""
+        start = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - start
+
+    def record(self, step: int, loss: float, learning_rate: float, grad_norm: float) -> dict:
+        """The metrics of the window that ends with `step` steps done. Call it once the device has finished them."""
+        steps = max(1, step - self.window_step)
+        seconds = max(1e-9, time.perf_counter() - self.window_start - self.paused)
+        tokens_per_s = steps * self.config.tokens_per_step / seconds
+        mfu = tokens_per_s * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
+        record = dict(step=step, tokens=step * self.config.tokens_per_step, loss=loss, learning_rate=learning_rate,
+                      grad_norm=grad_norm, step_time_s=seconds / steps, tokens_per_s=tokens_per_s, mfu=mfu,
+                      data_wait_fraction=self.waited / seconds, memory_gib=memory_gib(self.device), time=time.time())
+        self.start(step)
+        return record
+
+    # ---- words ------------------------------------------------------------------------------------------------------
+
+    def log(self, record: dict):
+        """Writes one record to metrics.jsonl, to wandb and, as a line, to the console."""
+        if not self.writes:
+            return
+        self.metrics.write(json.dumps(record) + "\n")
+        if self.wandb:
+            try:
+                self.wandb.log(record, step=record["step"])
+            except Exception as error:
+                self.wandb = None
+                self.say(f"warning: wandb is off from here on ({type(error).__name__}: {error})")
+        self.say(self.line(record))
+
+    def line(self, r: dict) -> str:
+        left = (self.last_step - r["step"]) * r["step_time_s"]
+        parts = [f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}", f"loss {r['loss']:.4f}",
+                 f"lr {r['learning_rate']:.2e}", f"norm {r['grad_norm']:.2f}", f"{_short(r['tokens_per_s'])} tok/s",
+                 f"mfu {r['mfu']:.1%}" if r["mfu"] is not None else "", f"data {r['data_wait_fraction']:.1%}",
+                 f"mem {r['memory_gib']:.1f} GiB", f"eta {duration(left)}"]
+        if "val_loss" in r:
+            parts += [f"| train {r['train_loss']:.4f} val {r['val_loss']:.4f} ({r['val_bits_per_byte']:.4f} bits/byte)"]
+        return "  ".join(p for p in parts if p)
+
+    def close(self):
+        if self.wandb:
+            self.wandb.finish(quiet=True)
+        for file in (self.metrics, self.text):
+            if file:
+                file.close()
+
+
+def _step(line: str) -> int:
+    """Step of a line of metrics.jsonl; one that was cut short by a crash counts as later than everything."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize
+
+
+def _short(n: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{letter}"
+    return f"{n:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """3:07, 2:03:07, 5d 02:03"""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    return f"{days}d {h:02}:{m:02}" if days else f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"

@@ -1,0 +1,296 @@
+"""Documents -> fixed-length token samples -> MDS shards + dataset.json. The write side of the data.
+
+A split is one stream of tokens: its documents, each followed by end-of-text. Sample i holds the tokens
+[i * stride, i * stride + block_size] of it: inputs are all but its last, targets all but its first. With stride =
+block_size (always so in validation) neighbours share one token, and every token but the first is a target exactly once.
+
+    DIR/train/  DIR/val/     index.json and shard.00000.mds …, with xxh64 hashes
+    DIR/dataset.json         tokenizer, block_size, dtype, counts of each split, source; written last
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import types
+from collections import deque
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from pathlib import Path
+from typing import Collection
+
+import numpy as np
+
+from nanogpt.errors import UserError
+from nanogpt.tokenizer import Tokenizer, from_json
+
+FORMAT = 1
+MAX_BLOCK = 1 << 20
+SHARD_BYTES = 1 << 26
+TASK_CHARACTERS = 1 << 20  # what a worker process gets at a time, unless one document is longer
+
+
+def import_streaming():
+    """The `streaming` module, imported without its parts for vision, text and multimodal data.
+
+    Nothing here needs them, and they bring in transformers, and torchvision, which fails beside a CPU build of torch.
+    Empty modules hold their places during the import, and leave it with no trace for others who want the real ones.
+    """
+    if "streaming" not in sys.modules:
+        unwanted = [f"streaming.{part}" for part in ("vision", "text", "multimodal")]
+        sys.modules.update({name: types.ModuleType(name) for name in unwanted})
+        try:
+            import streaming  # noqa: F401
+        finally:
+            for name in unwanted:
+                del sys.modules[name]
+    return sys.modules["streaming"]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, block_size: int, *,
+            stride: int | None = None, val_fraction: float = 0.01, seed: int = 2357, workers: int = 1,
+            compression: str | None = None, overwrite: bool = False, source: dict | None = None) -> tuple[dict, bool]:
+    """Writes the dataset folder `out` from `documents`, pairs (name, text) that can be counted and are read once.
+
+    stride         tokens from one training sample to the next; block_size if None
+    val_fraction   share of the documents, or of the characters of a single one, for validation; 0: no such split
+    seed           chooses the validation documents
+    workers        processes that tokenize; the result does not depend on it
+    compression    "zstd" or None
+    overwrite      replace a dataset that is there
+    source         JSON that identifies the documents, kept in dataset.json; its `paths` are for people, not compared
+
+    Returns (card, written): what dataset.json says, and False when `out` already held just this.
+    UserError: a bad option, text that is too short or cannot be encoded, a folder in the way, or no way to write.
+    """
+    stride = block_size if stride is None else stride
+    check_options(block_size, stride, val_fraction, seed, workers)
+    out = Path(out).resolve()
+    card = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "block_size": block_size, "dtype": tokenizer.dtype.name,
+            "splits": {}, "source": {**(source or {}), "documents": len(documents), "stride": stride, "seed": seed,
+                                     "val_fraction": val_fraction, "compression": compression}}
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"  # beside out, so on the same disk: a rename publishes
+    try:
+        there = _already_there(out, card, overwrite)
+        if there:
+            return there, False
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had the same number
+        partial.mkdir(parents=True)
+        _write_splits(documents, partial, tokenizer, card, workers)
+        (partial / "dataset.json").write_text(json.dumps(card, indent=1) + "\n")
+        _publish(partial, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); take another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after a success
+    return card, True
+
+
+def check_options(block_size: int, stride: int, val_fraction: float, seed: int, workers: int):
+    """UserError: a line for each option that is out of its range."""
+    ranges = (("block-size", block_size, 1 <= block_size <= MAX_BLOCK, f"1 to {MAX_BLOCK}"),
+              ("stride", stride, 1 <= stride <= block_size, f"1 to the block size, {block_size}"),
+              ("val-fraction", val_fraction, 0 <= val_fraction < 1, "0 (no validation split) up to, not including, 1"),
+              ("seed", seed, seed >= 0, "0 or more"), ("workers", workers, workers >= 1, "1 or more"))
+    problems = [f"--{name}: {value} is out of range; take {wanted}" for name, value, good, wanted in ranges if not good]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _already_there(out: Path, card: dict, overwrite: bool) -> dict | None:
+    """The card of `out` if it holds what `card` asks for, None if it may be written. UserError: it is in the way."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not out.is_dir() or {path.name for path in out.iterdir()} - {"train", "val", "dataset.json"}:
+        raise UserError(f"{out}: exists and is not a dataset folder; take another --out")
+    if overwrite:
+        return None
+    old = load_dataset_card(out)
+    differs = [key for key in ("tokenizer", "block_size") if old[key] != card[key]]
+    differs += [f"source.{key}" for key in card["source"]
+                if key != "paths" and old["source"].get(key) != card["source"][key]]
+    if differs:
+        raise UserError(f"{out}: holds a dataset that differs in {', '.join(differs)}; take another --out, or --overwrite")
+    return old
+
+
+def _publish(partial: Path, out: Path):
+    """Puts `partial` in the place of `out`, which keeps what it had if that fails."""
+    aside = partial.with_name(partial.name + ".old")
+    if out.exists():
+        os.rename(out, aside)
+    try:
+        os.rename(partial, out)
+    except BaseException:
+        if aside.exists():
+            os.rename(aside, out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_splits(documents, folder: Path, tokenizer: Tokenizer, card: dict, workers: int):
+    """Writes folder/train and folder/val and puts their counts into card["splits"]."""
+    from tqdm import tqdm
+
+    source, block_size = card["source"], card["block_size"]
+    strides = {"train": source["stride"]} | ({"val": block_size} if source["val_fraction"] else {})
+    splits = {name: _SplitWriter(folder / name, block_size, stride, tokenizer, source["compression"])
+              for name, stride in strides.items()}
+    pieces = _assign(documents, source["val_fraction"], source["seed"])
+    with tqdm(total=len(documents), unit=" documents", disable=None) as bar:  # None: only on a terminal
+        for name, ids, n_bytes in _encode_all(pieces, tokenizer, workers):
+            splits[name].add(ids, n_bytes)
+            bar.set_postfix_str(f"{sum(split.tokens for split in splits.values()):,} tokens", refresh=False)
+            bar.update(name == "train" or len(documents) > 1)  # the second part of a single one is no other document
+    for name, split in splits.items():
+        card["splits"][name] = split.finish(name)
+
+
+class _SplitWriter:
+    """Cuts the tokens of one split into samples, and writes these."""
+
+    def __init__(self, folder: Path, block_size: int, stride: int, tokenizer: Tokenizer, compression: str | None):
+        column = f"ndarray:{tokenizer.dtype.name}:{block_size + 1}"
+        self.mds = import_streaming().MDSWriter(columns={"tokens": column}, out=str(folder), compression=compression,
+                                                hashes=["xxh64"], size_limit=SHARD_BYTES)
+        self.block_size, self.stride, self.eot = block_size, stride, np.array([tokenizer.eot], tokenizer.dtype)
+        self.rest = np.empty(0, tokenizer.dtype)  # the tokens from the start of the next sample on
+        self.tokens = self.samples = self.documents = self.bytes = 0
+
+    def add(self, ids: np.ndarray, n_bytes: int):
+        """Appends a document of ids (n,) and end-of-text."""
+        rest = np.concatenate([self.rest, ids, self.eot])
+        samples = max(0, (len(rest) - 1 - self.block_size) // self.stride + 1)
+        for start in range(0, samples * self.stride, self.stride):
+            self.mds.write({"tokens": rest[start:start + self.block_size + 1]})
+        self.rest = rest[samples * self.stride:].copy()  # a view would keep the whole document
+        self.tokens += len(ids) + 1
+        self.samples += samples
+        self.documents += 1
+        self.bytes += n_bytes
+
+    def finish(self, name: str) -> dict:
+        """Writes the last shard and the index; returns the split's part of dataset.json."""
+        if not self.samples:
+            remedy = ", a larger --val-fraction, or --val-fraction 0 for no such split" if name == "val" else ""
+            raise UserError(f"the {name} split has {self.tokens} tokens, and a sample takes block_size + 1 = "
+                            f"{self.block_size + 1}; give more text or a smaller --block-size{remedy}")
+        self.mds.finish()
+        shared = self.block_size + 1 - self.stride  # tokens at the start of the rest that the last sample has too
+        return {"stride": self.stride, "tokens": self.tokens, "samples": self.samples, "documents": self.documents,
+                "bytes": self.bytes, "dropped_tokens": len(self.rest) - shared}
+
+
+def _assign(documents, val_fraction: float, seed: int):
+    """Yields (split, name, text). Whole documents go to validation by the seed, or the last part of a single one."""
+    n = len(documents)
+    if val_fraction and n > 1:
+        n_val = min(max(1, round(n * val_fraction)), n - 1)
+        val = set(np.random.default_rng(seed).choice(n, n_val, replace=False).tolist())
+        for i, (name, text) in enumerate(documents):
+            yield "val" if i in val else "train", name, text
+    else:
+        for name, text in documents:
+            cut = int(len(text) * (1 - val_fraction))
+            yield "train", name, text[:cut]
+            if val_fraction:
+                yield "val", name, text[cut:]
+
+
+# ---- tokenizing, in this process or in several ----------------------------------------------------------------------
+
+def _encode_all(pieces, tokenizer: Tokenizer, workers: int):
+    """Yields (split, ids, bytes of text) in the order of `pieces`, at most a few tasks ahead of the reader."""
+    if workers == 1:
+        for piece in pieces:
+            yield _encode(tokenizer, piece)
+        return
+    # spawn, since a forked copy of a process with threads can hang.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer.to_json(),))
+    try:
+        waiting = deque()
+        for task in _tasks(pieces):
+            waiting.append(pool.submit(_encode_task, task))
+            if len(waiting) > 2 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed, perhaps for memory; take fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tasks(pieces):
+    task, characters = [], 0
+    for piece in pieces:
+        task.append(piece)
+        characters += len(piece[2])
+        if characters >= TASK_CHARACTERS:
+            yield task
+            task, characters = [], 0
+    if task:
+        yield task
+
+
+def _start_worker(tokenizer_json: dict):
+    global _worker_tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    # A parent that is killed cannot end its workers, and they would wait for it for ever.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _worker_tokenizer = from_json(tokenizer_json)
+
+
+def _encode_task(task):
+    return [_encode(_worker_tokenizer, piece) for piece in task]
+
+
+def _encode(tokenizer: Tokenizer, piece):
+    split, name, text = piece
+    try:
+        return split, tokenizer.encode(text), len(text.encode("utf-8"))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+# ---- reading dataset.json -------------------------------------------------------------------------------------------
+
+def load_dataset_card(folder) -> dict:
+    """dataset.json of a dataset folder, its fields and their types checked. UserError names the file and the field."""
+    path = Path(folder) / "dataset.json"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: is missing; make the dataset with tools/convert_text_to_mds.py --input TEXT --out "
+                        f"{folder}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged ({error}); convert the text again") from None
+
+    def check(obj, where, **fields):
+        for key, wanted in fields.items():
+            value = obj.get(key) if isinstance(obj, dict) else None
+            if type(value) is not wanted or (wanted is int and value < 0):
+                raise UserError(f"{path}: {where}{key} is {value!r:.60}, not a {wanted.__name__}; convert the text again")
+
+    check(card, "", format=int)
+    if card["format"] != FORMAT:
+        raise UserError(f"{path}: has format {card['format']}, this version reads {FORMAT}; convert the text again")
+    check(card, "", tokenizer=dict, block_size=int, dtype=str, splits=dict, source=dict)
+    check(card["tokenizer"], "tokenizer.", name=str, vocab_size=int, eot=int, fingerprint=str)
+    check(card["splits"], "splits.", train=dict)
+    if set(card["splits"]) - {"train", "val"}:
+        raise UserError(f"{path}: splits has more than train and val; convert the text again")
+    for name, split in card["splits"].items():
+        check(split, f"splits.{name}.", stride=int, tokens=int, samples=int, documents=int, bytes=int, dropped_tokens=int)
+    for field, good in (("block_size", 1 <= card["block_size"] <= MAX_BLOCK), ("dtype", card["dtype"] in ("uint16", "uint32"))):
+        if not good:
+            raise UserError(f"{path}: {field} is {card[field]!r:.60}; convert the text again")
+    return card

@@ -1,0 +1,263 @@
+"""Text to token ids and back: bytes, characters, tiktoken's encodings (GPT-2's first), or a tiktoken ranks file.
+
+A dataset keeps its tokenizer as JSON (`to_json`), a checkpoint copies that, and whoever reads either rebuilds it with
+`from_json`, which refuses a tokenizer whose fingerprint is not the stored one.
+"""
+
+import base64
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Iterable
+
+import numpy as np
+
+from nanogpt.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next piece of an answer
+
+# tiktoken has respelt GPT-2's split pattern twice without changing what it does. A fingerprint must outlive such an
+# update, so it takes the ids of this text, which has every case the patterns tell apart, and not the pattern's letters.
+PROBE = (
+    "I'll we've They'RE don't IT'S 3.14159 12345678 x=f(y)[0];\t\tfoo_barBaz  qux   \n \n\r\n\n  if a!=b:\r\n\t# ...//\n"
+    "Größe ÉTÉ Ελλάδα Привет 東京タワー हिन्दी e\u0301 ١٢٣ ½ 🙂\u00a0\u2003end \t \n  "
+)
+
+
+class Tokenizer:
+    """What every tokenizer shares: a table of the bytes each id stands for.
+
+    name         "byte", "char", an encoding's name, or a ranks file's stem
+    vocab_size   ids run from 0 to vocab_size - 1, end-of-text included
+    eot          the end-of-text id
+    dtype        numpy's type for the ids: uint16 up to 65,536 of them, else uint32
+    fingerprint  sha256 over the bytes of every id, the special tokens, and how text is cut; not over names or paths
+    """
+
+    def __init__(self, name: str, pieces: list[bytes], specials: dict[int, str], rule):
+        """pieces: the bytes of each id, b"" for none; specials: id -> name; rule: JSON that tells how text is cut."""
+        self.name = name
+        self.vocab_size = len(pieces)
+        self.eot = next(i for i, special in specials.items() if special == END_OF_TEXT)
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        identity = json.dumps([rule, [piece.hex() for piece in pieces], sorted(specials.items())])
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self._pieces = pieces
+        # What decode shows: special tokens by name, and U+FFFD for the few ids that some vocabularies leave unused.
+        self._shown = [piece or specials.get(i, "\ufffd").encode() for i, piece in enumerate(pieces)]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (n,) of type self.dtype. A literal <|endoftext|> stays text. UserError: text that has no ids."""
+        try:
+            return self._encode(text).astype(self.dtype)
+        except UnicodeEncodeError as error:
+            raise UserError(f"character {error.start} of the text is half of a surrogate pair "
+                            f"(U+{ord(text[error.start]):04X}), not Unicode text; read it as UTF-8") from None
+
+    def decode(self, ids) -> str:
+        """The text of ids (n,): special tokens by name, invalid UTF-8 as U+FFFD. UserError: an id out of range."""
+        return b"".join(self._shown[i] for i in self._checked(ids)).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids) -> bytes:
+        """The exact bytes of ids (n,), nothing for special tokens. UserError: an id out of range."""
+        return b"".join(self._pieces[i] for i in self._checked(ids))
+
+    def _checked(self, ids) -> list[int]:
+        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if wrong.size:
+            raise UserError(f"token id {wrong[0]} is not in the vocabulary of {self.name}, 0 to {self.vocab_size - 1}; "
+                            "decode with the tokenizer that made it")
+        return ids.tolist()
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: the number of bytes each id stands for, 0 for special tokens."""
+        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+
+    def to_json(self) -> dict:
+        """What dataset.json and state.json keep, and `from_json` turns back."""
+        return {"name": self.name, "vocab_size": self.vocab_size, "eot": self.eot, "fingerprint": self.fingerprint}
+
+
+class ByteTokenizer(Tokenizer):
+    """256 bytes, then end-of-text."""
+
+    def __init__(self):
+        super().__init__("byte", [bytes([i]) for i in range(256)] + [b""], {256: END_OF_TEXT}, "byte")
+
+    def _encode(self, text):
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+
+class CharTokenizer(Tokenizer):
+    """One id for each character of a sorted alphabet, as in nanoGPT's Shakespeare, then end-of-text."""
+
+    def __init__(self, alphabet: str):
+        pieces = [character.encode("utf-8", "surrogatepass") for character in alphabet]
+        super().__init__("char", pieces + [b""], {len(pieces): END_OF_TEXT}, "char")
+        self.alphabet = alphabet
+        self._id_of = np.full(0x110000, -1, dtype=np.int32)  # codepoint -> id, -1 for none
+        self._id_of[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
+
+    def _encode(self, text):
+        ids = self._id_of[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
+        if (ids < 0).any():
+            at = int(np.argmax(ids < 0))
+            raise UserError(f"character {at}, {text[at]!r} (U+{ord(text[at]):04X}), is not among the "
+                            f"{len(self.alphabet)} characters of this char tokenizer; leave it out, or convert the "
+                            "data again from a text that has it, or with --tokenizer byte")
+        return ids
+
+    def to_json(self):
+        return {**super().to_json(), "alphabet": self.alphabet}
+
+
+class BPETokenizer(Tokenizer):
+    """Byte-pair encoding by a tiktoken.Encoding; `ranks` (bytes -> id) only where it is not a published encoding."""
+
+    def __init__(self, name: str, encoding, ranks: dict[bytes, int] | None = None):
+        specials = {encoding.encode_single_token(special): special for special in encoding.special_tokens_set}
+        pieces = [b""] * encoding.n_vocab
+        for i in set(range(encoding.n_vocab)) - set(specials):
+            try:
+                pieces[i] = encoding.decode_single_token_bytes(i)
+            except KeyError:
+                pass  # an id that the vocabulary leaves unused, as cl100k_base does with some
+        super().__init__(name, pieces, specials, ["bpe", encoding.encode_ordinary(PROBE)])
+        self._encoding, self._ranks = encoding, ranks
+
+    def _encode(self, text):
+        try:
+            # As encode_ordinary, but without a Python integer for each token: a fraction of the memory.
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            raise
+        except ValueError as error:  # seen with a million blanks on end; cutting the text elsewhere changes its tokens
+            raise UserError(f"tiktoken cannot split the text ({error}); shorten its longest run of blanks") from None
+
+    def to_json(self):
+        if self._ranks is None:
+            return super().to_json()
+        tokens = [base64.b64encode(piece).decode() for piece in self._pieces[:self.eot]]
+        return {**super().to_json(), "ranks": tokens}  # in the order of their ids, "" for an unused one
+
+
+def from_name(name: str, texts: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer called `byte` or `char`, a tiktoken encoding by its name, or a tiktoken ranks file by its path.
+
+    char takes its alphabet, sorted, from `texts`.
+    UserError: unknown name, bad ranks file, or a vocabulary neither cached nor to be downloaded.
+    """
+    if name == "char":
+        alphabet = set()
+        for text in texts:
+            alphabet.update(text)
+        if not alphabet:
+            raise UserError("char takes its alphabet from the text, and the text is empty; give it some")
+        return CharTokenizer("".join(sorted(alphabet)))
+    if name in (known := _fixed_names()):
+        return _fixed(name)
+    if not Path(name).is_file():
+        near = difflib.get_close_matches(name, ["char", *known], n=1)
+        raise UserError(f"{name!r} is neither a tokenizer nor a ranks file; "
+                        + (f"did you mean {near[0]}?" if near else f"take char, {', '.join(known)} or a file"))
+    return _from_ranks(Path(name).stem, _read_ranks(name), where=name)
+
+
+def from_json(obj: dict) -> Tokenizer:
+    """The tokenizer that `to_json` described. UserError: not such a description, or no longer the same tokenizer."""
+    name = obj.get("name") if isinstance(obj, dict) else None
+    where = f"the stored tokenizer {name!r}"
+    try:
+        if "alphabet" in obj:
+            if obj["alphabet"] != "".join(sorted(set(obj["alphabet"]))):
+                raise ValueError("its alphabet is not sorted")
+            tokenizer = CharTokenizer(obj["alphabet"])
+        elif "ranks" in obj:
+            tokens = [base64.b64decode(token, validate=True) for token in obj["ranks"]]
+            tokenizer = _from_ranks(name, {token: i for i, token in enumerate(tokens) if token}, where)
+        elif name in _fixed_names():
+            tokenizer = _fixed(name)
+        else:
+            raise ValueError("there is no tokenizer of that name")
+        for key in ("name", "vocab_size", "eot", "fingerprint"):
+            if obj[key] != (ours := getattr(tokenizer, key)):
+                raise ValueError(f"its {key} is {obj[key]!r}, and should be {ours!r}")
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{where} is not what was written ({error}); convert the data again") from None
+    return tokenizer
+
+
+def _fixed_names() -> list[str]:
+    import tiktoken
+    return ["byte", *tiktoken.list_encoding_names()]
+
+
+def _fixed(name: str) -> Tokenizer:
+    """byte, or a published encoding through tiktoken's cache or download. UserError, in seconds, when both fail."""
+    if name == "byte":
+        return ByteTokenizer()
+    import requests
+    import tiktoken.load
+
+    def read_file(url):  # tiktoken's own waits for ever where a firewall swallows the connection
+        if not url.startswith("https://"):
+            return tiktokens_own(url)
+        response = requests.get(url, timeout=DOWNLOAD_TIMEOUT)
+        response.raise_for_status()
+        return response.content
+
+    tiktokens_own, tiktoken.load.read_file = tiktoken.load.read_file, read_file
+    try:
+        return BPETokenizer(name, tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:
+        # tiktoken's cache names a file by the sha1 of its address; the addresses are literals of the constructor.
+        constants = tiktoken.registry.ENCODING_CONSTRUCTORS[name].__code__.co_consts
+        urls = [text for text in constants if str(text).startswith("https://")]
+        files = ", ".join(f"{hashlib.sha1(url.encode()).hexdigest()} from {url}" for url in urls)
+        raise UserError(
+            f"the vocabulary of {name} is not in TIKTOKEN_CACHE_DIR ({os.environ.get('TIKTOKEN_CACHE_DIR', 'not set')}) "
+            f"and cannot be downloaded ({str(error).splitlines()[0][:100]}); where there is a network, run "
+            f"TIKTOKEN_CACHE_DIR=tiktoken_cache python -c \"import tiktoken; tiktoken.get_encoding('{name}')\", copy "
+            f"that folder here and set TIKTOKEN_CACHE_DIR to its path (files: {files})") from None
+    finally:
+        tiktoken.load.read_file = tiktokens_own
+
+
+def _read_ranks(path: str) -> dict[bytes, int]:
+    """bytes -> id from a file of lines `base64 id`. UserError names the file and the line."""
+    ranks = {}
+    try:
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+            if line:
+                token, i = line.split()
+                token = base64.b64decode(token, validate=True)
+                if token in ranks:
+                    raise ValueError("given twice")
+                ranks[token] = int(i)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: line {number} is {line[:40]!r}; a tiktoken ranks file has a new token in base64, a "
+                        "blank and the token's id in each line") from None
+    return ranks
+
+
+def _from_ranks(name: str, ranks: dict[bytes, int], where: str) -> Tokenizer:
+    """A tokenizer of ranks (bytes -> id) with GPT-2's split pattern, and end-of-text after the last rank."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    missing = [i for i in range(256) if bytes([i]) not in ranks]
+    if missing:
+        raise UserError(f"{where}: has no token for byte {missing[0]}, {len(missing)} of 256 are missing; take a ranks "
+                        "file that can encode any text")
+    ids = set(ranks.values())
+    if len(ids) < len(ranks) or min(ids) < 0 or max(ids) >= 2 * len(ranks) or b"" in ranks:
+        raise UserError(f"{where}: does not number its tokens from 0 on; give each an id of its own, without large gaps")
+    end = max(ids) + 1
+    encoding = tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end})
+    return BPETokenizer(name, encoding, ranks)

@@ -1,0 +1,137 @@
+"""Text files and folders -> a dataset folder of MDS shards, split into train and val.
+
+    python tools/convert_text_to_mds.py --input notes.txt --out data/notes --tokenizer byte --block-size 256
+    python tools/convert_text_to_mds.py --input src docs --glob '*.py' --out data/code --tokenizer gpt2 --workers 8
+    python tools/convert_text_to_mds.py --input 'books/*.txt' --out data/books --tokenizer char --val-fraction 0.1
+
+Every file is a document. Run again, it finds its work done; a folder that holds anything else is left alone.
+"""
+
+import fnmatch
+import glob
+import hashlib
+import os
+import sys
+from argparse import SUPPRESS
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanogpt.errors import Parser, UserError, run  # noqa: E402
+from nanogpt.shards import check_options, convert  # noqa: E402
+from nanogpt.tokenizer import from_name  # noqa: E402
+
+
+class TextFiles:
+    """The documents, (name, text) pairs, read from disk each time they are gone through."""
+
+    def __init__(self, paths: list[Path], errors: str):
+        """errors: what to do with a file that is not UTF-8: strict (UserError), replace, or skip it."""
+        self.errors = "strict" if errors == "skip" else errors
+        self.paths, self.bytes, digest = [], 0, hashlib.sha256()
+        for path in paths:
+            data = _read(path)
+            if errors == "skip" and not _is_utf8(data) or not data:
+                continue
+            self.paths.append(path)
+            self.bytes += len(data)
+            digest.update(hashlib.sha256(data).digest())
+        self.sha256 = digest.hexdigest()  # of the contents and their order
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __iter__(self):
+        for path in self.paths:
+            try:
+                yield str(path), _read(path).decode("utf-8", self.errors)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: is not UTF-8 at byte {error.start}; leave it out (--glob), or take --errors "
+                                "replace or --errors skip") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()  # not read_text, which would turn \r\n into \n
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def find_files(inputs: list[str], pattern: str, out: Path) -> list[Path]:
+    """The files of all inputs in their order, those of a folder or of a glob sorted by path, each once."""
+    files = {}
+    for given in inputs:
+        paths = [Path(given)] if os.path.exists(given) else [Path(path) for path in sorted(glob.glob(given, recursive=True))]
+        if not paths:
+            raise UserError(f"{given}: is not there; --input takes files, folders and quoted globs")
+        for path in paths:
+            if path.is_dir():
+                if out.resolve().is_relative_to(path.resolve()):
+                    raise UserError(f"{out}: lies inside the input {path}; take an --out elsewhere")
+                walk = os.walk(path, onerror=_stop)
+                found = [Path(folder, name) for folder, _, names in walk for name in fnmatch.filter(names, pattern)]
+                found = sorted(file for file in found if file.is_file())
+                if not found:
+                    raise UserError(f"{path}: holds no file that matches {pattern}; take another folder or --glob")
+            elif path.is_file():
+                found = [path]
+            else:
+                raise UserError(f"{path}: is neither a file nor a folder")
+            files.update((file.resolve(), file) for file in found if file.resolve() not in files)
+    return list(files.values())
+
+
+def _stop(error: OSError):
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--input", nargs="+", required=True, default=SUPPRESS, metavar="PATH",
+                        help="text files, folders, quoted globs")
+    parser.add_argument("--out", required=True, default=SUPPRESS, type=Path, metavar="DIR", help="dataset folder to make")
+    parser.add_argument("--tokenizer", default="gpt2", help="byte, char, gpt2 or another tiktoken name, or a ranks file")
+    parser.add_argument("--block-size", type=int, default=1024, help="tokens a sample trains on")
+    parser.add_argument("--stride", type=int, default=SUPPRESS,
+                        help="tokens from one training sample to the next (default: the block size)")
+    parser.add_argument("--val-fraction", type=float, default=0.01,
+                        help="of the documents, or of the text of a single one; 0: no validation split")
+    parser.add_argument("--seed", type=int, default=2357, help="chooses the validation documents")
+    parser.add_argument("--glob", default="*", help="names of the files to take from folders")
+    parser.add_argument("--errors", choices=["strict", "replace", "skip"], default="strict",
+                        help="a file that is not UTF-8: stop, replace what is wrong, or skip it")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
+    parser.add_argument("--compression", choices=["none", "zstd"], default="none", help="of the shards")
+    parser.add_argument("--overwrite", action="store_true", help="replace the dataset in --out")
+    args = parser.parse_args()
+    stride = getattr(args, "stride", args.block_size)
+    check_options(args.block_size, stride, args.val_fraction, args.seed, args.workers)
+
+    documents = TextFiles(find_files(args.input, args.glob, args.out), args.errors)
+    if not documents:
+        raise UserError(f"{' '.join(args.input)}: holds no text; give files that are not empty")
+    tokenizer = from_name(args.tokenizer, (text for _, text in documents))
+    source = {"kind": "text files", "paths": args.input, "glob": args.glob, "errors": args.errors,
+              "bytes": documents.bytes, "sha256": documents.sha256}
+    card, written = convert(documents, args.out, tokenizer, args.block_size, stride=stride,
+                            val_fraction=args.val_fraction, seed=args.seed, workers=args.workers,
+                            compression=None if args.compression == "none" else args.compression,
+                            overwrite=args.overwrite, source=source)
+    print(f"{args.out}: {'written' if written else 'is there already'}, tokenizer {tokenizer.name} "
+          f"({tokenizer.vocab_size:,} ids), {len(documents):,} documents")
+    for name, split in card["splits"].items():
+        print(f"  {name:5} {split['documents']:,} documents, {split['tokens']:,} tokens, {split['samples']:,} samples of "
+              f"{card['block_size']}+1, {split['dropped_tokens']:,} tokens dropped at the end, "
+              f"{split['bytes'] / split['tokens']:.3f} bytes/token")
+
+
+if __name__ == "__main__":
+    run(main)
