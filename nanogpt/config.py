@@ -202,11 +202,11 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
     if c.optim.min_learning_rate is not None and c.optim.min_learning_rate > c.optim.learning_rate:
         yield ["optim.min_learning_rate"], f"is above learning_rate {c.optim.learning_rate:g}"
     each = c.train.micro_batch_size * world_size
+    wholes = c.train.global_batch_size // each
     if c.train.global_batch_size % each:
         yield (["train.global_batch_size", "train.micro_batch_size"],
                f"{c.train.global_batch_size} is not a multiple of {ranks} x micro_batch_size "
-               f"{c.train.micro_batch_size} = {each}; the nearest are "
-               f"{max(1, c.train.global_batch_size // each) * each} and {(c.train.global_batch_size // each + 1) * each}")
+               f"{c.train.micro_batch_size} = {each}; take {f'{wholes * each} or ' if wholes else ''}{(wholes + 1) * each}")
     if c.sharding.strategy == "hybrid" and world_size % (c.sharding.shard_size or local_world_size):
         yield (["sharding.shard_size", "sharding.strategy"],
                f"{c.sharding.shard_size or local_world_size} does not divide {ranks}")

@@ -52,7 +52,7 @@ def shard(model: GPT, config: Config, device_type: str):
     if config.train.precision != "float32":
         precision = MixedPrecisionPolicy(param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32)
     wrap = functools.partial(fully_shard, mesh=mesh, mp_policy=precision,
-                             offload_policy=CPUOffloadPolicy() if c.cpu_offload else OffloadPolicy())
+                             offload_policy=CPUOffloadPolicy(pin_memory=device_type != "cpu") if c.cpu_offload else OffloadPolicy())
     frees = c.strategy in ("full", "hybrid")  # the others keep a block's weights between forward and backward
 
     for block in model.transformer.h:
@@ -63,8 +63,11 @@ def shard(model: GPT, config: Config, device_type: str):
         wrap(block, reshard_after_forward=frees)
     wrap(model, reshard_after_forward=False)  # embedding, head and last norm: needed at both ends of forward
 
-    # Gradients are summed over ranks, not averaged: the loss is already divided by the tokens of all ranks.
-    model.set_gradient_divide_factor(1.0)
+    # Gradients are summed over ranks, not averaged: the loss is already divided by the tokens of all ranks. Each module
+    # has a setting of its own, and gloo knows no other reduction than the plain sum.
+    for module in (*model.transformer.h, model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def checkpoint_activations(block: torch.nn.Module, selective: bool):

@@ -67,8 +67,8 @@ def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, b
     Returns (card, written): what dataset.json says, and False when `out` already held just this.
     UserError: a bad option, text that is too short or cannot be encoded, a folder in the way, or no way to write.
     """
-    stride = block_size if stride is None else stride
     check_options(block_size, stride, val_fraction, seed, workers)
+    stride = block_size if stride is None else stride
     out = Path(out).resolve()
     card = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "block_size": block_size, "dtype": tokenizer.dtype.name,
             "splits": {}, "source": {**(source or {}), "documents": len(documents), "stride": stride, "seed": seed,
@@ -90,10 +90,10 @@ def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, b
     return card, True
 
 
-def check_options(block_size: int, stride: int, val_fraction: float, seed: int, workers: int):
+def check_options(block_size: int, stride: int | None, val_fraction: float, seed: int, workers: int):
     """UserError: a line for each option that is out of its range."""
     ranges = (("block-size", block_size, 1 <= block_size <= MAX_BLOCK, f"1 to {MAX_BLOCK}"),
-              ("stride", stride, 1 <= stride <= block_size, f"1 to the block size, {block_size}"),
+              ("stride", stride, stride is None or 1 <= stride <= block_size, f"1 to the block size, {block_size}"),
               ("val-fraction", val_fraction, 0 <= val_fraction < 1, "0 (no validation split) up to, not including, 1"),
               ("seed", seed, seed >= 0, "0 or more"), ("workers", workers, workers >= 1, "1 or more"))
     problems = [f"--{name}: {value} is out of range; take {wanted}" for name, value, good, wanted in ranges if not good]
@@ -105,7 +105,8 @@ def _already_there(out: Path, card: dict, overwrite: bool) -> dict | None:
     """The card of `out` if it holds what `card` asks for, None if it may be written. UserError: it is in the way."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    if not out.is_dir() or {path.name for path in out.iterdir()} - {"train", "val", "dataset.json"}:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if "dataset.json" not in names or names - {"train", "val", "dataset.json"}:  # --overwrite removes no other files
         raise UserError(f"{out}: exists and is not a dataset folder; take another --out")
     if overwrite:
         return None
@@ -114,7 +115,7 @@ def _already_there(out: Path, card: dict, overwrite: bool) -> dict | None:
     differs += [f"source.{key}" for key in card["source"]
                 if key != "paths" and old["source"].get(key) != card["source"][key]]
     if differs:
-        raise UserError(f"{out}: holds a dataset that differs in {', '.join(differs)}; take another --out, or --overwrite")
+        raise UserError(f"{out}: holds another dataset ({', '.join(differs)}); take another --out or --overwrite")
     return old
 
 
@@ -215,7 +216,7 @@ def _encode_all(pieces, tokenizer: Tokenizer, workers: int):
     try:
         waiting = deque()
         for task in _tasks(pieces):
-            waiting.append(pool.submit(_encode_task, task))
+            waiting.append(_submit(pool, task))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -224,6 +225,15 @@ def _encode_all(pieces, tokenizer: Tokenizer, workers: int):
         raise UserError("a worker process was killed, perhaps for memory; take fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _submit(pool, task):
+    """Workers are started here, on demand, and inherit the mask: Ctrl-C is for this process alone."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode_task, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _tasks(pieces):
@@ -240,7 +250,6 @@ def _tasks(pieces):
 
 def _start_worker(tokenizer_json: dict):
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     # A parent that is killed cannot end its workers, and they would wait for it for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -278,7 +287,7 @@ def load_dataset_card(folder) -> dict:
         for key, wanted in fields.items():
             value = obj.get(key) if isinstance(obj, dict) else None
             if type(value) is not wanted or (wanted is int and value < 0):
-                raise UserError(f"{path}: {where}{key} is {value!r:.60}, not a {wanted.__name__}; convert the text again")
+                raise UserError(f"{path}: {where}{key} is {value!r:.60}, no {wanted.__name__}; convert the text again")
 
     check(card, "", format=int)
     if card["format"] != FORMAT:
@@ -289,8 +298,9 @@ def load_dataset_card(folder) -> dict:
     if set(card["splits"]) - {"train", "val"}:
         raise UserError(f"{path}: splits has more than train and val; convert the text again")
     for name, split in card["splits"].items():
-        check(split, f"splits.{name}.", stride=int, tokens=int, samples=int, documents=int, bytes=int, dropped_tokens=int)
-    for field, good in (("block_size", 1 <= card["block_size"] <= MAX_BLOCK), ("dtype", card["dtype"] in ("uint16", "uint32"))):
-        if not good:
+        counts = dict.fromkeys(("stride", "tokens", "samples", "documents", "bytes", "dropped_tokens"), int)
+        check(split, f"splits.{name}.", **counts)
+    for field, allowed in (("block_size", range(1, MAX_BLOCK + 1)), ("dtype", ("uint16", "uint32"))):
+        if card[field] not in allowed:
             raise UserError(f"{path}: {field} is {card[field]!r:.60}; convert the text again")
     return card

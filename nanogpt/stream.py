@@ -7,14 +7,13 @@ micro-batches, nor any restart can change what step 1000 sees. So nothing of the
 each epoch.
 """
 
-import contextlib
-import fcntl
 import hashlib
+import json
 import os
-import tempfile
-import time
+import secrets
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +31,8 @@ class Split:
     def __init__(self, config: Config, name: str):
         """Raises UserError where the split is missing, damaged or does not fit the config."""
         self.name, self.path = name, config.data.path
-        remote = "://" in self.path
+        # Compressed shards are unpacked into a cache too, wherever they are: a dataset folder stays as it is.
+        remote = "://" in self.path or _is_compressed(Path(self.path) / name / "index.json")
         folder = Path(config.data.cache_dir or config.run_dir / "cache") if remote else Path(self.path)
         if remote:
             _download(f"{self.path}/dataset.json", folder / "dataset.json")
@@ -206,16 +206,29 @@ def _open(folder: Path, remote: str | None, split: str, config: Config):
         raise UserError(f"{index}: is missing; copy it again, or convert the text again")
     _check_shared_memory()
     streaming = import_streaming()
-    with _one_at_a_time():
-        try:
+    import streaming.base.dataset as internals
+    try:
+        with mock.patch.object(internals, "get_shm_prefix", _shared_memory_prefix):
             return streaming.StreamingDataset(
                 remote=remote, local=str(folder), split=split, validate_hash="xxh64" if remote else None,
                 cache_limit=config.data.cache_limit if remote else None, batch_size=1,
                 num_canonical_nodes=config.data.num_canonical_nodes, shuffle=config.data.shuffle,
                 shuffle_algo=config.data.shuffle_algo, shuffle_seed=config.data.shuffle_seed,
                 shuffle_block_size=config.data.shuffle_block_size)
-        except Exception as error:
-            raise UserError(f"{index if remote is None else remote}: cannot be opened ({_one_line(error)})") from error
+    except Exception as error:
+        raise UserError(f"{index if remote is None else remote}: cannot be opened ({_one_line(error)})") from error
+
+
+def _shared_memory_prefix(*_):
+    """Names for what the ranks of a machine share about a dataset: a number that no other run has drawn.
+
+    Streaming's own search takes the first that looks free. Runs that start in the same moment find the same one, and
+    what a killed run left behind, or another that just ended, makes it stumble again and again (FileExistsError).
+    """
+    number = [secrets.randbelow(10**9)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(number, src=0)
+    return number[0], None
 
 
 def _check_shared_memory(needed: int = 1 << 20):
@@ -228,24 +241,11 @@ def _check_shared_memory(needed: int = 1 << 20):
                             "(mount -o remount,size=1g /dev/shm, docker run --shm-size 1g) or remove what dead runs left")
 
 
-@contextlib.contextmanager
-def _one_at_a_time(patience_s: float = 60.0):
-    """Runs that start in the same moment on a machine would choose the same names in shared memory: one by one, then.
-
-    The lock dies with its process. All ranks of a run enter together, once their machine's first rank has it.
-    """
-    with open(Path(tempfile.gettempdir()) / f"nanogpt-streaming-{os.getuid()}.lock", "w") as lock:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            deadline = time.monotonic() + patience_s
-            while time.monotonic() < deadline:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(0.05)
-        if dist.is_initialized():
-            dist.barrier()
-        yield
+def _is_compressed(index: Path) -> bool:
+    try:
+        return any(shard["zip_data"] for shard in json.loads(index.read_text())["shards"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # what is wrong with it is told when it is opened
 
 
 def _download(remote: str, local: Path):

@@ -22,7 +22,7 @@ DOWNLOAD_TIMEOUT = (10, 30)  # seconds to connect, and to wait for the next piec
 # tiktoken has respelt GPT-2's split pattern twice without changing what it does. A fingerprint must outlive such an
 # update, so it takes the ids of this text, which has every case the patterns tell apart, and not the pattern's letters.
 PROBE = (
-    "I'll we've They'RE don't IT'S 3.14159 12345678 x=f(y)[0];\t\tfoo_barBaz  qux   \n \n\r\n\n  if a!=b:\r\n\t# ...//\n"
+    "I'll we've They'RE don't IT'S 3.14159 12345678 x=f(y);\t\tfoo_barBaz  qux   \n \n\r\n\n  if a!=b:\r\n\t# ...//\n"
     "Größe ÉTÉ Ελλάδα Привет 東京タワー हिन्दी e\u0301 ١٢٣ ½ 🙂\u00a0\u2003end \t \n  "
 )
 
@@ -218,9 +218,10 @@ def _fixed(name: str) -> Tokenizer:
         constants = tiktoken.registry.ENCODING_CONSTRUCTORS[name].__code__.co_consts
         urls = [text for text in constants if str(text).startswith("https://")]
         files = ", ".join(f"{hashlib.sha1(url.encode()).hexdigest()} from {url}" for url in urls)
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR", "not set")
         raise UserError(
-            f"the vocabulary of {name} is not in TIKTOKEN_CACHE_DIR ({os.environ.get('TIKTOKEN_CACHE_DIR', 'not set')}) "
-            f"and cannot be downloaded ({str(error).splitlines()[0][:100]}); where there is a network, run "
+            f"the vocabulary of {name} is not in TIKTOKEN_CACHE_DIR ({folder}) and cannot be downloaded "
+            f"({str(error).splitlines()[0][:100]}); where there is a network, run "
             f"TIKTOKEN_CACHE_DIR=tiktoken_cache python -c \"import tiktoken; tiktoken.get_encoding('{name}')\", copy "
             f"that folder here and set TIKTOKEN_CACHE_DIR to its path (files: {files})") from None
     finally:
@@ -257,7 +258,7 @@ def _from_ranks(name: str, ranks: dict[bytes, int], where: str) -> Tokenizer:
                         "file that can encode any text")
     ids = set(ranks.values())
     if len(ids) < len(ranks) or min(ids) < 0 or max(ids) >= 2 * len(ranks) or b"" in ranks:
-        raise UserError(f"{where}: does not number its tokens from 0 on; give each an id of its own, without large gaps")
+        raise UserError(f"{where}: does not number its tokens from 0 on; give each its own id, without large gaps")
     end = max(ids) + 1
     encoding = tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end})
     return BPETokenizer(name, encoding, ranks)

@@ -69,10 +69,10 @@ def find_files(inputs: list[str], pattern: str, out: Path) -> list[Path]:
     """The files of all inputs in their order, those of a folder or of a glob sorted by path, each once."""
     files = {}
     for given in inputs:
-        paths = [Path(given)] if os.path.exists(given) else [Path(path) for path in sorted(glob.glob(given, recursive=True))]
+        paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
         if not paths:
             raise UserError(f"{given}: is not there; --input takes files, folders and quoted globs")
-        for path in paths:
+        for path in map(Path, paths):
             if path.is_dir():
                 if out.resolve().is_relative_to(path.resolve()):
                     raise UserError(f"{out}: lies inside the input {path}; take an --out elsewhere")
@@ -97,8 +97,10 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--input", nargs="+", required=True, default=SUPPRESS, metavar="PATH",
                         help="text files, folders, quoted globs")
-    parser.add_argument("--out", required=True, default=SUPPRESS, type=Path, metavar="DIR", help="dataset folder to make")
-    parser.add_argument("--tokenizer", default="gpt2", help="byte, char, gpt2 or another tiktoken name, or a ranks file")
+    parser.add_argument("--out", required=True, default=SUPPRESS, type=Path, metavar="DIR",
+                        help="dataset folder to make")
+    parser.add_argument("--tokenizer", default="gpt2",
+                        help="byte, char, gpt2 or another tiktoken name, or a ranks file")
     parser.add_argument("--block-size", type=int, default=1024, help="tokens a sample trains on")
     parser.add_argument("--stride", type=int, default=SUPPRESS,
                         help="tokens from one training sample to the next (default: the block size)")
@@ -112,9 +114,11 @@ def main():
     parser.add_argument("--compression", choices=["none", "zstd"], default="none", help="of the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in --out")
     args = parser.parse_args()
-    stride = getattr(args, "stride", args.block_size)
+    stride = getattr(args, "stride", None)
     check_options(args.block_size, stride, args.val_fraction, args.seed, args.workers)
 
+    for path in args.out.parent.glob(f".{glob.escape(args.out.name)}.partial-*"):
+        print(f"note: {path} belongs to another conversion; remove it if that was killed", file=sys.stderr)
     documents = TextFiles(find_files(args.input, args.glob, args.out), args.errors)
     if not documents:
         raise UserError(f"{' '.join(args.input)}: holds no text; give files that are not empty")
@@ -125,12 +129,12 @@ def main():
                             val_fraction=args.val_fraction, seed=args.seed, workers=args.workers,
                             compression=None if args.compression == "none" else args.compression,
                             overwrite=args.overwrite, source=source)
-    print(f"{args.out}: {'written' if written else 'is there already'}, tokenizer {tokenizer.name} "
-          f"({tokenizer.vocab_size:,} ids), {len(documents):,} documents")
+    print(f"{args.out}: {'written' if written else 'is there already (--overwrite would make it anew)'}, "
+          f"tokenizer {tokenizer.name} with {tokenizer.vocab_size:,} ids, block size {args.block_size}")
     for name, split in card["splits"].items():
-        print(f"  {name:5} {split['documents']:,} documents, {split['tokens']:,} tokens, {split['samples']:,} samples of "
-              f"{card['block_size']}+1, {split['dropped_tokens']:,} tokens dropped at the end, "
-              f"{split['bytes'] / split['tokens']:.3f} bytes/token")
+        print(f"  {name:5}  documents {split['documents']:,}, tokens {split['tokens']:,}, samples "
+              f"{split['samples']:,}, dropped at the end {split['dropped_tokens']:,}, bytes/token "
+              f"{split['bytes'] / split['tokens']:.3f}")
 
 
 if __name__ == "__main__":

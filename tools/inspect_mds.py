@@ -34,9 +34,9 @@ def read_index(folder: Path, card: dict) -> list[dict]:
         if (found := sum(shard["samples"] for shard in shards)) != samples:
             raise ValueError(f"it lists {found} samples, dataset.json {samples}")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again, or convert the text again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it or convert the text again") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is damaged ({error}); copy it again, or convert the text again") from None
+        raise UserError(f"{path}: is damaged ({error}); copy it or convert the text again") from None
     return shards
 
 
@@ -49,7 +49,7 @@ def files_there(folder: Path, shard: dict) -> list[dict]:
 
 
 def read_samples(folder: Path, shards: list[dict], card: dict):
-    """Yields the samples of a split, each (block_size + 1,). They have one size and lie at the end of a shard's file."""
+    """Yields the samples of a split, each (block_size + 1,): all of one size, they lie at the end of a shard's file."""
     dtype = np.dtype(card["dtype"])
     for shard in shards:
         info = files_there(folder, shard)[0]
@@ -61,7 +61,7 @@ def read_samples(folder: Path, shards: list[dict], card: dict):
                 data = zstd.decompress(data)
             size = shard["samples"] * (card["block_size"] + 1) * dtype.itemsize
             yield from np.frombuffer(data[-size:], dtype).reshape(shard["samples"], card["block_size"] + 1)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # damage shows as whatever numpy and zstd make of it
             raise UserError(f"{path}: cannot be read ({error})") from None
 
 
@@ -131,9 +131,9 @@ def main():
             splits[folder] = read_index(folder, card)
         except UserError as error:
             problems.append(str(error))
-        print(f"  {name:9}  {split['documents']:,} documents, {split['bytes']:,} bytes, {split['tokens']:,} tokens "
-              f"({split['dropped_tokens']:,} dropped at the end), {split['samples']:,} samples every {split['stride']} "
-              f"tokens, {len(splits.get(folder, ())):,} shards")
+        print(f"  {name:9}  documents {split['documents']:,}, bytes {split['bytes']:,}, tokens {split['tokens']:,}, "
+              f"dropped at the end {split['dropped_tokens']:,}, samples {split['samples']:,}, stride "
+              f"{split['stride']}, shards {len(splits.get(folder, ())):,}")
     if args.samples > 0:
         tokenizer = from_json(stored)
         for folder, shards in splits.items():
@@ -146,7 +146,7 @@ def main():
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     if args.verify:
-        print(f"verified: {sum(map(len, splits.values())):,} shards are as they were written")
+        print(f"verified: {sum(map(len, splits.values())):,} shards hold what was written")
 
 
 if __name__ == "__main__":
