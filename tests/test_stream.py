@@ -1,0 +1,174 @@
+"""The position contract: what a step trains on is a function of the step, each sample once an epoch, whoever reads it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import convert
+
+from nanogpt.config import load_config
+from nanogpt.errors import UserError
+from nanogpt.loss import IGNORE
+from nanogpt.stream import Split, TrainStream
+
+
+def make_config(tmp_path, dataset, *options):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data: {{path: {dataset}}}\ntrain: {{max_steps: 100, global_batch_size: 12, micro_batch_size: 2}}\n"
+                    f"model: {{block_size: 64}}\nrun: {{dir: {tmp_path}/run}}")
+    return load_config([str(file), *options])
+
+
+def whole_text(dataset) -> np.ndarray:
+    """All tokens of the train split, as the source text has them."""
+    text = (dataset.parent / "text.txt").read_text()
+    return np.frombuffer(text[:int(len(text) * 0.9)].encode(), np.uint8)
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--data.num_canonical_nodes=1"], ["--data.num_canonical_nodes=7", "--data.shuffle_algo=py1br"],
+    ["--data.shuffle=false"], ["--data.shuffle_block_size=50"]], ids=str)
+def test_each_sample_once_an_epoch_in_an_order_of_its_own(tmp_path, text_dataset, options):
+    stream = TrainStream(make_config(tmp_path, text_dataset, *options))
+    n, steps = stream.split.samples, stream.steps_per_epoch
+    assert n % 12 and steps == n // 12  # an epoch does not divide: a remainder is left out
+    epochs = []
+    for epoch in range(3):
+        seen = np.concatenate([stream.sequences(s)[:, 0] for s in range(epoch * steps, (epoch + 1) * steps)])
+        assert len(set(seen.tolist())) == len(seen) == steps * 12
+        assert sorted(stream.order(epoch).tolist()) == list(range(n))
+        epochs.append(seen.tolist())
+    if stream.data.shuffle:
+        assert epochs[0] != epochs[1] != epochs[2]
+        assert set(epochs[0]) != set(epochs[1])  # another remainder each time
+
+
+def test_order_of_streaming_itself(tmp_path, text_dataset):
+    """With one canonical node nothing is padded: the order is the one that StreamingDataset iterates in."""
+    from nanogpt.shards import import_streaming
+    config = make_config(tmp_path, text_dataset, "--data.num_canonical_nodes=1")
+    stream = TrainStream(config)
+    dataset = import_streaming().StreamingDataset(
+        local=str(text_dataset), split="train", batch_size=1, num_canonical_nodes=1, shuffle=True, shuffle_algo="py1e",
+        shuffle_seed=config.data.shuffle_seed, shuffle_block_size=config.data.shuffle_block_size)
+    theirs = np.stack([sample["tokens"] for sample in dataset])
+    ours = stream.split.read(np.stack([stream.order(0), np.zeros_like(stream.order(0))], 1))
+    assert np.array_equal(theirs, ours.numpy())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_any_ranks_and_micro_batches_share_the_same_step(tmp_path, text_dataset, world_size, micro):
+    stream = TrainStream(make_config(tmp_path, text_dataset, f"--train.micro_batch_size={micro}"))
+    for step in (0, 5, stream.steps_per_epoch, 10_000):
+        shares = [np.concatenate(stream.micro_batches(step, rank, world_size)) for rank in range(world_size)]
+        assert np.array_equal(np.concatenate(shares), stream.sequences(step))
+
+
+def test_batches_hold_the_text_and_start_anywhere(tmp_path, text_dataset):
+    """Through the reading threads: tokens are those of the text at the place that the sample's number says."""
+    text = whole_text(text_dataset)
+    stream = TrainStream(make_config(tmp_path, text_dataset))
+    first = stream.steps_per_epoch - 2  # across the end of an epoch
+    batches = list(stream.batches(first, first + 4, 1, 3, torch.device("cpu")))
+    expected = [m for step in range(first, first + 4) for m in stream.micro_batches(step, 1, 3)]
+    assert len(batches) == len(expected) == 4 * 2
+    for batch, sequences in zip(batches, expected):
+        for row, (sample, part) in zip(batch.numpy(), sequences):
+            assert part == 0 and np.array_equal(row, text[sample * 64:sample * 64 + 65])
+
+
+def test_a_shorter_block_takes_the_same_samples_in_parts(tmp_path, text_dataset):
+    text = whole_text(text_dataset)
+    stream = TrainStream(make_config(tmp_path, text_dataset, "--model.block_size=16", "--train.global_batch_size=24"))
+    sequences = stream.sequences(3)
+    assert sequences.shape == (24, 2) and len(set(map(tuple, sequences.tolist()))) == 24
+    for row, (sample, part) in zip(stream.split.read(sequences).numpy(), sequences):
+        start = sample * 64 + part * 16
+        assert np.array_equal(row, text[start:start + 17])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_evaluation_counts_each_sequence_once_on_any_number_of_ranks(tmp_path, text_dataset, world_size):
+    split = Split(make_config(tmp_path, text_dataset), "val")
+    n = split.samples - 3
+    rows, batches = [], set()
+    for rank in range(world_size):
+        mine = list(split.fixed_batches(n, 4, rank, world_size))
+        batches.add(len(mine))
+        for x, y in mine:
+            assert x.shape == y.shape == (4, 64)
+            for a, b in zip(x, y):
+                if (b != IGNORE).all():
+                    assert torch.equal(a[1:], b[:-1])
+                    rows.append(bytes(a.tolist()))
+                else:
+                    assert (b == IGNORE).all()
+    assert len(batches) == 1  # a rank with fewer would leave the others waiting for ever
+    assert sorted(rows) == sorted(bytes(split.read(np.array([[i, 0]]))[0, :-1].tolist()) for i in range(n))
+
+
+def test_compressed_shards_are_read_and_left_as_they_are(tmp_path, text_dataset):
+    convert(text_dataset.parent / "text.txt", tmp_path / "zstd", "--compression", "zstd")
+    before = sorted(p.name for p in (tmp_path / "zstd" / "train").iterdir())
+    plain, packed = (TrainStream(make_config(tmp_path, d)) for d in (text_dataset, tmp_path / "zstd"))
+    for a, b in zip(plain.batches(0, 3, 0, 1, torch.device("cpu")), packed.batches(0, 3, 0, 1, torch.device("cpu"))):
+        assert torch.equal(a, b)
+    assert sorted(p.name for p in (tmp_path / "zstd" / "train").iterdir()) == before
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+def damaged(tmp_path, dataset):
+    import shutil
+    return shutil.copytree(dataset, tmp_path / "damaged")
+
+
+def test_missing_and_truncated_shards_are_named(tmp_path, text_dataset):
+    copy = damaged(tmp_path, text_dataset)
+    shard = next((copy / "train").glob("*.mds"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"{shard.name}: has .* of {len(content)} bytes"):
+        TrainStream(make_config(tmp_path, copy))
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name}: is missing"):
+        TrainStream(make_config(tmp_path, copy))
+
+
+def test_an_id_out_of_the_vocabulary_is_named(tmp_path, text_dataset):
+    copy = damaged(tmp_path, text_dataset)
+    shard = next((copy / "train").glob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[-2:] = b"\xff\xff"
+    shard.write_bytes(content)
+    stream = TrainStream(make_config(tmp_path, copy))
+    with pytest.raises(UserError, match=f"{shard.name}: sample {stream.split.samples - 1} holds id 65535"):
+        list(stream.batches(0, stream.steps_per_epoch + 2, 0, 1, torch.device("cpu")))
+
+
+def test_dataset_json_and_config_must_fit(tmp_path, text_dataset):
+    for options, said in ((["--model.block_size=48"], "neither the 64"),
+                          (["--model.vocab_size=300"], "is not that of"),
+                          (["--train.global_batch_size=6", "--model.block_size=16"], "take a multiple of 4"),
+                          (["--train.global_batch_size=5000"], "lower train.global_batch_size"),
+                          (["--data.path=/nowhere"], "/nowhere")):
+        with pytest.raises(UserError, match=said):
+            TrainStream(make_config(tmp_path, text_dataset, *options))
+    copy = damaged(tmp_path, text_dataset)
+    card = json.loads((copy / "dataset.json").read_text())
+    card["splits"]["train"]["samples"] += 1
+    (copy / "dataset.json").write_text(json.dumps(card))
+    with pytest.raises(UserError, match="convert the text again"):
+        TrainStream(make_config(tmp_path, copy))
+
+
+def test_too_small_shared_memory(tmp_path, text_dataset, monkeypatch):
+    import os
+
+    from nanogpt import stream
+    free = os.statvfs_result((4096, 4096, 100, 16, 16, 10, 10, 10, 0, 255))
+    monkeypatch.setattr(stream.os, "statvfs", lambda path: free)
+    with pytest.raises(UserError, match="/dev/shm: 64 KiB are free"):
+        TrainStream(make_config(tmp_path, text_dataset))
