@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, with the errors of all ranks
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from nanogpt.errors import UserError
@@ -89,7 +90,7 @@ class Saver:
             error = None
             try:
                 dcp.save(everything, storage_writer=writer, process_group=self.group)
-            except Exception as raised:  # DCP raises it on all ranks, whichever one failed
+            except (Exception, CheckpointException) as raised:  # on all ranks, whichever one failed
                 error = raised
             self._publish(error, partial, final)
 
@@ -125,16 +126,23 @@ class Saver:
         if self.writing is not None:
             try:
                 self.writing.result()
-            except Exception:
+            except (Exception, CheckpointException):
                 pass  # _publish has it
             self.published.wait()
             self.writing = None
-        failed = [self.failure and f"{type(self.failure).__name__}: {' '.join(str(self.failure).split())[-300:]}"]
+        failed = [self.failure and _reason(self.failure)]
         dist.broadcast_object_list(failed, src=0, group=self.group)
         if failed[0] and self.failure is not None and dist.get_rank() == 0:
             self.warn(f"warning: checkpoint not saved ({failed[0]}); the older ones are kept")
         self.failure = None
         return failed[0] is None
+
+
+def _reason(error: BaseException) -> str:
+    """The first rank's error, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
