@@ -8,10 +8,7 @@ from nanogpt.config import Config, Optim
 
 
 def make_optimizer(model: torch.nn.Module, c: Optim) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter, 2019), one fused kernel for all parameters. Matrices decay, vectors do not.
-
-    The learning rate lives in a tensor, so that the schedule changes it without a word to the device.
-    """
+    """AdamW (Loshchilov & Hutter, 2019), one fused kernel for all parameters. Matrices decay, vectors do not."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         dict(params=[p for p in params if p.dim() >= 2], weight_decay=c.weight_decay),

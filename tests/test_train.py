@@ -107,3 +107,148 @@ def test_stop_on_two_ranks_go_on_on_one_then_four(small_run, plain_loop):
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert [m["loss"] for m in metrics] == pytest.approx(plain_loop[0], rel=1e-4)
     assert [m["grad_norm"] for m in metrics] == pytest.approx(plain_loop[1], rel=1e-4)
+
+
+def command(small_run, name, *options):
+    """What a user types, on one CPU process."""
+    import sys
+    from pathlib import Path
+    train_sh = Path(__file__).parents[1] / "launch" / "train.sh"
+    return [sys.executable, str(train_sh), str(small_run.config), *SMALL, f"--run.dir={small_run.folder / name}",
+            f"--train.max_steps={STEPS}", "--train.micro_batch_size=8", *options]
+
+
+def test_killed_and_started_again(small_run, plain_loop):
+    """SIGKILL at an arbitrary moment; the same command goes on, and no step is lost or logged twice."""
+    import subprocess
+    import time
+    full = command(small_run, "killed", "--checkpoint.interval=4")
+    process = subprocess.Popen(full, stdout=subprocess.DEVNULL)
+    metrics = small_run.folder / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= 10:
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    done = metrics.read_text().count("\n")
+    assert 10 <= done
+    again = subprocess.run(full, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    if done < STEPS:
+        assert "resuming" in again.stdout
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [m["step"] for m in lines] == list(range(1, STEPS + 1))
+    assert [m["loss"] for m in lines] == pytest.approx(plain_loop[0], rel=1e-4)
+
+
+def test_evaluation_and_bits_per_byte(small_run, plain_loop, text_dataset):
+    """val_loss is the mean over the first sequences of the split of the model that the last checkpoint holds."""
+    from nanogpt.generate import load_run
+    from nanogpt.shards import import_streaming
+    metrics = small_run("evaluated", 2, "--train.micro_batch_size=2", "--eval.interval=10")
+    assert [m["step"] for m in metrics if "val_loss" in m] == [10, 20, STEPS]
+    # Evaluation leaves no trace in training: not in its mode, nor in its weights.
+    assert [m["loss"] for m in metrics] == pytest.approx(plain_loop[0], rel=1e-4)
+    model, tok, state = load_run(small_run.folder / "evaluated")
+    assert state["step"] == STEPS and state["tokens"] == STEPS * 256
+    samples = import_streaming().LocalDataset(local=str(text_dataset / "val"))
+    for split in ("train", "val"):
+        samples = import_streaming().LocalDataset(local=str(text_dataset / split))
+        rows = np.stack([samples[i // 2]["tokens"][i % 2 * 32:i % 2 * 32 + 33] for i in range(13)]).astype(np.int64)
+        tokens = torch.from_numpy(rows)
+        with torch.no_grad():
+            logits = model.lm_head(model.hidden(tokens[:, :-1]))
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+        assert metrics[-1][f"{split}_loss"] == pytest.approx(expected, rel=1e-5)
+        n_bytes = (rows[:, 1:] < 256).sum()
+        assert metrics[-1][f"{split}_bits_per_byte"] == pytest.approx(expected * 13 * 32 / n_bytes / math.log(2), rel=1e-5)
+
+
+def test_weights_alone_from_another_run(small_run):
+    small_run("first", 2, "--train.micro_batch_size=4")
+    before = json.loads((small_run.folder / "first" / "metrics.jsonl").read_text().splitlines()[-1])
+    tuned = small_run("tuned", 1, "--train.micro_batch_size=8", f"--run.init_from={small_run.folder / 'first'}",
+                      "--optim.learning_rate=1e-9", "--optim.min_learning_rate=0", steps=6)
+    assert tuned[0]["step"] == 1
+    assert tuned[-1]["val_loss"] == pytest.approx(before["val_loss"], rel=1e-4)
+
+
+def test_dropout_is_the_same_after_a_restart_and_another_in_each_step(small_run):
+    options = ["--model.dropout=0.3", "--train.micro_batch_size=4", "--checkpoint.interval=5"]
+    whole = small_run("dropout", 2, *options, steps=10)
+    small_run("dropout-parts", 2, *options, steps=5)
+    parts = small_run("dropout-parts", 2, *options, steps=10)
+    assert [m["loss"] for m in parts] == pytest.approx([m["loss"] for m in whole], rel=1e-6)
+    without = small_run("no-dropout", 2, "--train.micro_batch_size=4", steps=10)
+    assert whole[-1]["loss"] != pytest.approx(without[-1]["loss"], rel=1e-3)
+
+
+def test_max_tokens_ends_the_run(small_run):
+    metrics = small_run("tokens", 1, "--train.micro_batch_size=8", "--train.max_tokens=1100")  # 4.3 steps of 256
+    assert metrics[-1]["step"] == 5 and metrics[-1]["tokens"] == 1280
+
+
+def test_bfloat16_compiled_on_two_ranks_learns_like_float32(small_run, plain_loop):
+    metrics = small_run("bf16", 2, "--train.micro_batch_size=4", "--train.precision=bfloat16", "--train.compile=true")
+    assert [m["loss"] for m in metrics] == pytest.approx(plain_loop[0], rel=0.03)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_by_name(small_run):
+    import subprocess
+    small_run("exploding", 1, "--train.micro_batch_size=8", steps=5)
+    options = ["--optim.learning_rate=1e38", "--optim.min_learning_rate=1e38", "--log.interval=7"]
+    result = subprocess.run(command(small_run, "exploding", *options), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: step 7: loss or gradient is not finite")  # 6 spoils the weights, 7 shows it
+    from nanogpt.config import load_config
+    from nanogpt.stream import TrainStream
+    config = load_config([str(small_run.config), *SMALL, f"--train.max_steps={STEPS}", "--train.micro_batch_size=8"])
+    samples = sorted(set(TrainStream(config).sequences(6)[:, 0].tolist()))
+    assert f"Its samples: {', '.join(map(str, samples))}." in result.stderr
+    assert [p.name for p in (small_run.folder / "exploding" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+def step_with_a_bad_gradient(bad_rank: int):
+    """One optimizer step in which one rank's part of one gradient is NaN: (weights unchanged, norm finite)."""
+    import torch.distributed as dist
+    from test_checkpoint import make
+
+    from nanogpt.train import gradient_norm
+    model, optimizer = make()
+    before = [p.full_tensor().clone() for p in model.parameters()]
+    idx = torch.arange(16)[None]
+    (model(idx, idx) / 64).backward()
+    if dist.get_rank() == bad_rank:
+        next(model.parameters()).grad.to_local().fill_(float("nan"))
+    norm = gradient_norm(model)
+    optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+    optimizer.step()
+    return all(torch.equal(p.full_tensor(), b) for p, b in zip(model.parameters(), before)), norm.isfinite().item()
+
+
+@pytest.mark.parametrize("bad_rank, unchanged", [(1, True), (-1, False)])
+def test_the_guard_keeps_bad_gradients_from_the_weights_of_every_rank(ranks, bad_rank, unchanged):
+    assert ranks(2, step_with_a_bad_gradient, bad_rank) == [(unchanged, not unchanged)] * 2
+
+
+def test_wandb_offline(small_run, monkeypatch):
+    import subprocess
+    result = subprocess.run(command(small_run, "wandb", "--log.wandb=offline", "--train.max_steps=6"), text=True,
+                            capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert list((small_run.folder / "wandb" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("schedule, options, expected", [
+    ("cosine", ["--optim.decay_steps=21"], {0: 0.01 / 5, 3: 0.04 / 5, 4: 0.01, 12.5: 0.0055, 21: 0.001, 24: 0.001}),
+    ("wsd", ["--optim.decay_steps=10"], {0: 0.01 / 5, 4: 0.01, 15: 0.01, 20: 0.005, 24: 0.001}),
+    ("constant", [], {0: 0.01 / 5, 3: 0.04 / 5, 4: 0.01, 24: 0.01})])
+def test_learning_rate_by_hand(small_run, schedule, options, expected):
+    from nanogpt.config import load_config
+    from nanogpt.optim import learning_rate
+    config = load_config([str(small_run.config), *SMALL, f"--train.max_steps={STEPS}", "--train.micro_batch_size=8",
+                          f"--optim.schedule={schedule}", *options])
+    for step, rate in expected.items():
+        assert learning_rate(step, config) == pytest.approx(rate), step
