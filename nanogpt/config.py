@@ -263,7 +263,7 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
         key = option[2:]
         if not equals:
             if i + 1 == len(argv) or argv[i + 1].startswith("--"):
-                problems.append(f"{option}: a value is needed, as in {option}=true")
+                problems.append(f"{option}: a value is needed, as in {option} VALUE")
                 continue
             value = argv[i + 1]
         section, _, name = key.partition(".")

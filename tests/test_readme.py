@@ -1,0 +1,62 @@
+"""The README's commands, typed as they stand; those that need GPUs are checked as far as they go without."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanogpt.config import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.M | re.S)
+
+
+def test_commands(tmp_path):
+    """In a folder of its own, with the environment that runs the tests in the place of .venv."""
+    for name in ("nanogpt", "configs", "tools", "launch", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "the tests' own"}
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line != ". .venv/bin/activate"]
+    assert len(commands) >= 7
+    for line in commands:
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    run = tmp_path / "runs" / "readme"
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml", "log.txt", "loss.png", "metrics.jsonl"]
+    assert '"step": 200' in (run / "metrics.jsonl").read_text().splitlines()[-1]
+    assert (tmp_path / "runs" / "tuned" / "checkpoints" / "step-00000020" / "manifest.json").exists()
+
+
+def test_commands_that_need_gpus():
+    lines = [line for block in blocks("") for line in block.splitlines() if "launch/train.sh configs/" in line]
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        options = words[words.index("launch/train.sh") + 1:]
+        nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+        load_config([str(ROOT / options[0]), *options[1:]], 8 * nodes, 8)
+
+
+def test_every_file_of_the_tree_is_there_and_named():
+    named = set(re.findall(r"\b(\w+\.(?:py|sh))\b", blocks("")[-1]))
+    there = {p.name for folder in ("nanogpt", "tools", "launch") for p in (ROOT / folder).iterdir()
+             if p.suffix in (".py", ".sh") and p.name != "__init__.py"}
+    assert named == there
+
+
+def test_links_to_files_are_good():
+    for path in re.findall(r"`((?:configs|tools|tests|launch|nanogpt)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("word", ["TODO", "TABLE"])
+def test_nothing_is_left_open(word):
+    assert word not in README
