@@ -49,7 +49,7 @@ stop_child() {  # with five seconds to tidy up
     local tenths=0 all
     [ -n "$child" ] || return 0
     all=$(tree "$child")
-    kill -INT "$child" 2>/dev/null || true
+    kill -INT -- "-$child" 2>/dev/null || true
     while running && ((tenths++ < 50)); do sleep 0.1; done
     kill -KILL $all 2>/dev/null || true
     { finish; } 2>/dev/null || true
@@ -72,7 +72,7 @@ find_python() {  # sets $found
         elif ! "$found" -c 'import ensurepip, venv' 2>/dev/null; then
             without_venv=$found
         else
-            return
+            return 0
         fi
     done
     [ -z "$without_venv" ] || die "$without_venv has no venv module; on Debian and Ubuntu: apt-get install python3-venv"

@@ -1,5 +1,6 @@
 """From a checkpoint to text: a run's weights on one device, without torchrun, and sampling from them."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ def load_run(path: str | Path, device: torch.device = torch.device("cpu")):
         model = GPT(config)
     model.to_empty(device=device)
     model.tie_weights()
-    checkpoint.load(path, model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # DCP remarks that it loads in a single process
+        checkpoint.load(path, model)
     return model.eval(), tok, state
 
 
@@ -38,10 +41,11 @@ def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: fl
 
     temperature 0 takes the likeliest id; top_k draws from the k likeliest alone. Ids in the padding of the vocabulary
     are never drawn. A text longer than block_size is continued from its last block_size tokens.
-    Raises UserError where temperature < 0 or top_k < 1.
+    Raises UserError where temperature is negative or not finite, or top_k < 1.
     """
-    if not temperature >= 0:
-        raise UserError(f"temperature: {temperature:g} is below 0; 0 takes the likeliest token, 1 samples as trained")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature: {temperature:g} is not a number from 0 on; 0 takes the likeliest token, 1 samples "
+                        "as trained")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k: {top_k} is below 1; leave it out to draw from all tokens")
     for _ in range(max_new_tokens):
@@ -49,7 +53,7 @@ def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, temperature: fl
         if top_k is not None and top_k < logits.size(-1):
             least = logits.topk(top_k).values[:, -1:]                                               # (B, 1)
             logits = logits.masked_fill(logits < least, float("-inf"))
-        if temperature == 0:
+        if temperature < 1e-6:  # 0, or so small that logits / temperature would overflow
             new = logits.argmax(-1, keepdim=True)                                                   # (B, 1)
         else:
             new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -1,9 +1,12 @@
 """What tests share: small datasets, and ranks that are started once."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported; launch/train.sh tells why
+
+import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 

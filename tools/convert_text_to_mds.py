@@ -18,8 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
-from nanogpt.shards import check_options, convert  # noqa: E402
-from nanogpt.tokenizer import from_name  # noqa: E402
 
 
 class TextFiles:
@@ -114,6 +112,9 @@ def main():
     parser.add_argument("--compression", choices=["none", "zstd"], default="none", help="of the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace the dataset in --out")
     args = parser.parse_args()
+
+    from nanogpt.shards import check_options, convert  # here, where `run` tells what is not installed
+    from nanogpt.tokenizer import from_name
     stride = getattr(args, "stride", None)
     check_options(args.block_size, stride, args.val_fraction, args.seed, args.workers)
 

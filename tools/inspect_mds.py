@@ -11,11 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np  # noqa: E402
-
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
-from nanogpt.shards import load_dataset_card  # noqa: E402
-from nanogpt.tokenizer import from_json  # noqa: E402
 
 
 def read_index(folder: Path, card: dict) -> list[dict]:
@@ -50,6 +46,8 @@ def files_there(folder: Path, shard: dict) -> list[dict]:
 
 def read_samples(folder: Path, shards: list[dict], card: dict):
     """Yields the samples of a split, each (block_size + 1,): all of one size, they lie at the end of a shard's file."""
+    import numpy as np
+
     dtype = np.dtype(card["dtype"])
     for shard in shards:
         info = files_there(folder, shard)[0]
@@ -115,6 +113,8 @@ def main():
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="show the first N of each split as text")
     parser.add_argument("--verify", action="store_true", help="hash every shard; status 1 if one is not as written")
     args = parser.parse_args()
+    from nanogpt.shards import load_dataset_card  # here, where `run` tells what is not installed
+    from nanogpt.tokenizer import from_json
     sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
 
     card = load_dataset_card(args.dir)

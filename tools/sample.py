@@ -26,10 +26,13 @@ def main():
     args = parser.parse_args()
     if args.max_new_tokens < 1 or args.num_samples < 1:
         raise UserError("--max-new-tokens, --num-samples: at least 1 is needed")
-    if not args.temperature >= 0:
-        raise UserError(f"--temperature: {args.temperature:g} is below 0; 0 takes the likeliest token")
+    if not 0 <= args.temperature < float("inf"):
+        raise UserError(f"--temperature: {args.temperature:g} is not a number from 0 on; 0 takes the likeliest token")
     if args.top_k < 1:
         raise UserError(f"--top-k: {args.top_k} is below 1; leave it out for 200")
+    if not 0 <= args.seed < 1 << 63:
+        raise UserError(f"--seed: {args.seed} is out of range; take 0 to 2**63 - 1")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
 
     import torch
     from nanogpt.generate import generate, load_run
