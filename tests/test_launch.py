@@ -1,0 +1,42 @@
+"""launch/train.sh in its three ways, and how a run that fails ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_train import SMALL
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "the tests' own"}
+
+
+@pytest.mark.parametrize("launcher, ranks", [
+    (["bash", "launch/train.sh"], 1),
+    ([*TORCHRUN, "--nnodes", "1", "launch/train.sh"], 2),
+    ([*TORCHRUN, "--no-python", "launch/train.sh"], 2)], ids=["bash", "torchrun", "torchrun --no-python"])
+def test_three_ways(launcher, ranks, text_dataset, tmp_path):
+    config = tmp_path / "launched.yaml"
+    config.write_text(f"data: {{path: {text_dataset}}}\nrun: {{dir: {tmp_path}/run}}")
+    command = [*launcher, str(config), *SMALL, "--train.max_steps=6", "--train.micro_batch_size", "2"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert f"8 sequences = {ranks} ranks x 2 x {4 // ranks} accumulated" in done.stdout  # rank 0 alone speaks
+    assert done.stdout.count("step 6/6") == 1
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000006" / "state.json").read_text())
+    assert state["world_size"] == ranks
+
+
+def test_two_ranks_tell_one_error_once(text_dataset, tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text(f"data: {{path: {tmp_path}/absent}}\nrun: {{dir: {tmp_path}/run}}")
+    done = subprocess.run([*TORCHRUN, "launch/train.sh", str(config), *SMALL, "--train.max_steps=6",
+                           "--train.micro_batch_size=2"], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "absent" in said[0]
