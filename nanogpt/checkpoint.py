@@ -148,7 +148,9 @@ def _reason(error: BaseException) -> str:
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    """Its step: from the folder's name, or where somebody gave it another name, from state.json."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else read_state(path)["step"]
 
 
 def complete_steps(folder: Path) -> list[Path]:

@@ -141,7 +141,10 @@ class Meter:
 
     def close(self):
         if self.wandb:
-            self.wandb.finish(quiet=True)
+            try:
+                self.wandb.finish()
+            except Exception as error:
+                self.say(f"warning: wandb did not finish ({type(error).__name__}: {error})")
         for file in (self.metrics, self.text):
             if file:
                 file.close()

@@ -118,7 +118,7 @@ def train(config: Config, device: torch.device) -> dict:
                     saver.save(model, optimizer, run_state(config, done, stream, tok))
                     if done == last_step:
                         saved = saver.wait()
-                gc.collect(1)
+                gc.collect(2 if saves else 1)
 
     # ---- end --------------------------------------------------------------------------------------------------------
     gc.enable()
@@ -177,8 +177,9 @@ def starting_point(config: Config, identity: dict) -> tuple[Path | None, dict | 
 
     A damaged newest checkpoint is passed over, loudly, where an older one is whole.
     """
-    folder = config.run_dir / "checkpoints"
-    found = checkpoint.complete_steps(folder)
+    found = [checkpoint.complete_steps(config.run_dir / "checkpoints")]
+    dist.broadcast_object_list(found, src=0)  # a network file system may show other ranks another folder
+    found = found[0]
     if config.run.resume == "never":
         if found:
             raise UserError(f"{config.run_dir}: has checkpoints, and run.resume is never; choose another run.name, "

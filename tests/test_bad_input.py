@@ -1,7 +1,7 @@
-"""Bad input, typed as its user types it: one clear line on stderr, a status, no traceback, no hang, nothing half-written.
+"""Bad input, typed as users type it: one clear line on stderr, a status, no traceback, no hang, nothing half-written.
 
-A case is (what is bad, what is broken first, what is typed, the lines that are wanted…). A wanted line is a part of the
-real one: the file or the option, and what is wrong or what to do. Each case runs in a folder of its own, with
+A case is (what is bad, what is broken first, what is typed, the lines that are wanted…). What is wanted is a part of a
+line: the file or the option, and what is wrong or what to do. Each case runs in a folder of its own, with
 
     small.yaml       a tiny run of mds         run/         3 steps of it, and their checkpoint step-00000003
     mds/  char/      one text as two datasets, of the byte tokenizer and of char
@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,8 @@ BOMB = "k0: &k0 {a: 1}\n" + "".join(f"k{i}: &k{i} {{a: *k{i - 1}, b: *k{i - 1}}}
 # ---- what is typed --------------------------------------------------------------------------------------------------
 
 TRAIN = [sys.executable, f"{ROOT}/launch/train.sh"]
-TOOLS = {tool: [sys.executable, f"{ROOT}/tools/{tool}.py"] for tool in ("convert_text_to_mds", "inspect_mds", "sample", "plot")}
+TOOLS = {"convert": "convert_text_to_mds", "inspect": "inspect_mds", "sample": "sample", "plot": "plot"}
+TOOLS = {word: [sys.executable, f"{ROOT}/tools/{name}.py"] for word, name in TOOLS.items()}
 OWN_MOUNTS = ["unshare", "-m", *([] if os.geteuid() == 0 else ["-r"]), "sh", "-c"]  # which the command alone sees
 PROGRAMS = TOOLS | {
     "train": TRAIN,
@@ -52,6 +54,7 @@ PROGRAMS = TOOLS | {
     **{f"bare-{name}": [sys.executable, "-SE", *command[1:]]  # a Python in which nothing is installed
        for name, command in (TOOLS | {"train": TRAIN}).items()},
 }
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # torchrun's, should these tests run below one
 # The CPU, on machines with GPUs too; and the Python of these tests, for bash.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix,
                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -91,8 +94,11 @@ def flip(name):
 
 
 def fill(name):
-    """Ids that no tokenizer has, in a file of the same size."""
-    return change(name, lambda content: content[:5000] + b"\xff" * (len(content) - 5000))
+    """Ids that no tokenizer has in every sample of a shard but the first."""
+    def function(content):
+        second = struct.unpack_from("<I", content, 8)[0]  # a shard begins with its number of samples, and their places
+        return content[:second] + b"\xff" * (len(content) - second)
+    return change(name, function)
 
 
 def replace(name, old, new):
@@ -109,7 +115,8 @@ CONFIGS = [  # told in a moment, before torch is imported
     ("invalid YAML", bad_yaml("train: {max_steps: 3"), "train bad.yaml", "bad.yaml: not valid YAML"),
     ("a list as config", write("bad.yaml", "- train"), "train bad.yaml", "bad.yaml: expected sections"),
     ("duplicate key", bad_yaml("train: {max_steps: 3, max_steps: 4}"), "train bad.yaml", "'max_steps' stands twice"),
-    ("duplicate section", bad_yaml("log: {interval: 3}\nlog: {}"), "train bad.yaml", "bad.yaml: not valid YAML: 'log' stands"),
+    ("duplicate section", bad_yaml("log: {interval: 3}\nlog: {}"), "train bad.yaml",
+     "bad.yaml: not valid YAML: 'log' stands twice"),
     ("a config that runs code", bad_yaml("run: !!python/object/apply:os.system ['touch ran']"), "train bad.yaml",
      "bad.yaml: not valid YAML"),
     ("a config within itself", bad_yaml("run: &run {dir: *run}"), "train bad.yaml", "bad.yaml: not valid YAML"),
@@ -125,15 +132,21 @@ CONFIGS = [  # told in a moment, before torch is imported
     ("nanoGPT's option", None, "train small.yaml --max_iters=5 --dropout=0", "--max_iters: no such setting",
      "--dropout: no such setting; did you mean model.dropout?"),
     ("option without a value", None, "train small.yaml --train.max_steps", "--train.max_steps: a value is needed"),
-    ("option before an option", None, "train small.yaml --log.interval --run.seed=1", "--log.interval: a value is needed"),
-    ("wrong type", bad_yaml("train: {max_steps: many}"), "train bad.yaml", "bad.yaml: train.max_steps: input should be a"),
-    ("a switch for a number", bad_yaml("train: {max_steps: yes}"), "train bad.yaml", "bad.yaml: train.max_steps: input sh"),
-    ("a fraction of a step", None, "train small.yaml --train.max_steps=2.5", "--train.max_steps: input should be a valid"),
-    ("not a choice", None, "train small.yaml --sharding.strategy=fsdp", "--sharding.strategy: input should be 'full', "),
+    ("option before an option", None, "train small.yaml --log.interval --run.seed=1",
+     "--log.interval: a value is needed"),
+    ("wrong type", bad_yaml("train: {max_steps: many}"), "train bad.yaml",
+     "bad.yaml: train.max_steps: input should be a valid integer"),
+    ("a switch for a number", bad_yaml("train: {max_steps: yes}"), "train bad.yaml",
+     "bad.yaml: train.max_steps: input should be a valid integer"),
+    ("a fraction of a step", None, "train small.yaml --train.max_steps=2.5",
+     "--train.max_steps: input should be a valid integer"),
+    ("not a choice", None, "train small.yaml --sharding.strategy=fsdp",
+     "--sharding.strategy: input should be 'full', 'grad', 'hybrid' or 'replicate' (found 'fsdp')"),
     ("dropout 1.5", bad_yaml("model: {dropout: 1.5}"), "train bad.yaml", "model.dropout: input should be less than 1"),
     ("negative learning rate", None, "bash-train small.yaml --optim.learning_rate -1e-3",
      "--optim.learning_rate: input should be greater than 0"),
-    ("learning rate nan", bad_yaml("optim: {learning_rate: .nan}"), "train bad.yaml", "bad.yaml: optim.learning_rate: "),
+    ("learning rate nan", bad_yaml("optim: {learning_rate: .nan}"), "train bad.yaml",
+     "bad.yaml: optim.learning_rate: "),
     ("huge seed", None, f"train small.yaml --run.dir=new --run.seed={10**30}", "--run.seed: "),
     ("a run named ..", None, "train small.yaml --run.name=..", "--run.name: "),
     ("width not a multiple of heads", bad_yaml("model: {n_embd: 33}"), "train bad.yaml",
@@ -145,47 +158,51 @@ CONFIGS = [  # told in a moment, before torch is imported
     ("ranks that do not divide the batch", None,
      "RANK=0 WORLD_SIZE=3 LOCAL_RANK=0 LOCAL_WORLD_SIZE=3 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 train small.yaml",
      "small.yaml: train.global_batch_size: 4 is not a multiple of 3 ranks x micro_batch_size 2 = 6; take 6"),
-    ("many problems", bad_yaml("trian: {}\nmodel: {n_head: 3, dropout: 2}"), "train bad.yaml --train.micro_batch_size=3",
-     "bad.yaml: model.dropout: ", "bad.yaml: trian: ", "n_head 3", "small.yaml: train.global_batch_size: 4 is not"),
+    ("many problems", bad_yaml("trian: {}\nmodel: {n_head: 3, dropout: 2}"),
+     "train bad.yaml --train.micro_batch_size=3", "bad.yaml: model.dropout: ", "bad.yaml: trian: no such",
+     "small.yaml: model.n_embd: 32 is not a multiple of n_head 3", "small.yaml: train.global_batch_size: 4 is not"),
     ("half of torchrun's environment", None, "RANK=0 train small.yaml", "RANK is set and WORLD_SIZE, "),
     ("nothing installed", None, "bare-train small.yaml", "is not installed for"),
-    ("nothing installed, tools", None, "bare-sample --run run", "torch is not installed for"),
-    ("nothing installed, convert", None, "bare-convert_text_to_mds --input short.txt --out new", "is not installed for"),
-    ("nothing installed, inspect", None, "bare-inspect_mds mds", "is not installed for"),
+    ("nothing installed, sample", None, "bare-sample --run run", "torch is not installed for"),
+    ("nothing installed, convert", None, "bare-convert --input short.txt --out new", "is not installed for"),
+    ("nothing installed, inspect", None, "bare-inspect mds", "is not installed for"),
     ("nothing installed, plot", None, "bare-plot run", "is not installed for"),
 ]
 
 DATA = [
-    ("missing input file", None, "convert_text_to_mds --input no.txt --out new", "no.txt: is not there"),
-    ("empty input file", None, "convert_text_to_mds --input empty.txt --out new", "empty.txt: holds no text"),
-    ("text shorter than a block", None, "convert_text_to_mds --input short.txt --out new --tokenizer byte --val-fraction 0",
-     "the train split has 6 tokens, and a sample takes block_size + 1 = 1025; give more text or a smaller --block-size"),
-    ("unknown tokenizer", None, "convert_text_to_mds --input short.txt --out new --tokenizer gtp2", "did you mean gpt2?"),
-    ("another dataset in the way", None, "convert_text_to_mds --input short.txt --out mds --tokenizer byte --block-size 2",
+    ("missing input file", None, "convert --input no.txt --out new", "no.txt: is not there"),
+    ("empty input file", None, "convert --input empty.txt --out new", "empty.txt: holds no text"),
+    ("text shorter than a block", None, "convert --input short.txt --out new --tokenizer byte --val-fraction 0",
+     "train split has 6 tokens, and a sample takes block_size + 1 = 1025; give more text or a smaller --block-size"),
+    ("unknown tokenizer", None, "convert --input short.txt --out new --tokenizer gtp2", "did you mean gpt2?"),
+    ("another dataset in the way", None, "convert --input short.txt --out mds --tokenizer byte --block-size 2",
      "mds: holds another dataset"),
-    ("a run in the way", None, "convert_text_to_mds --input short.txt --out run --tokenizer byte --overwrite",
+    ("a run in the way", None, "convert --input short.txt --out run --tokenizer byte --overwrite",
      "run: exists and is not a dataset folder"),
-    ("--out not to be written", None, "convert_text_to_mds --input short.txt --out /proc/nanogpt/new --tokenizer byte "
+    ("--out not to be written", None, "convert --input short.txt --out /proc/nanogpt/new --tokenizer byte "
      "--block-size 2 --val-fraction 0", "/proc/nanogpt/new: cannot be written"),
-    ("--out below a file", None, "convert_text_to_mds --input short.txt --out empty.txt/new --tokenizer byte --block-size 2",
+    ("--out below a file", None, "convert --input short.txt --out empty.txt/new --tokenizer byte --block-size 2",
      "empty.txt/new: cannot be written"),
-    ("missing folder to inspect", None, "inspect_mds nowhere", "nowhere/dataset.json: is missing; make the dataset with "),
-    ("missing dataset.json", remove("mds/dataset.json"), "inspect_mds mds", "mds/dataset.json: is missing"),
-    ("truncated dataset.json", cut("mds/dataset.json"), "inspect_mds mds", "mds/dataset.json: is damaged"),
-    ("dataset.json of wrong types", replace("mds/dataset.json", '"samples": ', '"samples": 0.'), "inspect_mds mds",
+    ("missing folder to inspect", None, "inspect nowhere", "nowhere/dataset.json: is missing; make the dataset with "),
+    ("missing dataset.json", remove("mds/dataset.json"), "inspect mds", "mds/dataset.json: is missing"),
+    ("truncated dataset.json", cut("mds/dataset.json"), "inspect mds", "mds/dataset.json: is damaged"),
+    ("dataset.json of wrong types", replace("mds/dataset.json", '"samples": ', '"samples": 0.'), "inspect mds",
      "mds/dataset.json: splits.train.samples is 0."),
-    ("truncated index.json", cut("mds/train/index.json"), "inspect_mds mds", "mds/train/index.json: is damaged"),
-    ("flipped bit in a shard", flip("mds/train/shard.00000.mds"), "inspect_mds mds --verify", "shard.00000.mds: is damaged"),
+    ("truncated index.json", cut("mds/train/index.json"), "inspect mds", "mds/train/index.json: is damaged"),
+    ("flipped bit in a shard", flip("mds/train/shard.00000.mds"), "inspect mds --verify",
+     "shard.00000.mds: is damaged"),
     ("missing data folder", None, "train small.yaml --data.path=nowhere --run.dir=new",
      "nowhere/dataset.json: is missing; make the dataset with tools/convert_text_to_mds.py"),
-    ("unknown kind of URL", None, "train small.yaml --data.path=foo://bar --run.dir=new", "foo://bar/dataset.json: cannot be"),
+    ("unknown kind of URL", None, "train small.yaml --data.path=foo://bar --run.dir=new",
+     "foo://bar/dataset.json: cannot be fetched"),
     ("block_size does not divide", None, "train small.yaml --model.block_size=48 --run.dir=new",
      "model.block_size: 48 is neither the 64 that mds holds nor a divisor of it"),
     ("data shorter than a step", None, "train small.yaml --train.global_batch_size=8000 --run.dir=new",
      "mds: its train split has"),
     ("dataset.json of other shards", replace("mds/dataset.json", '"block_size": 64', '"block_size": 32'),
      "train small.yaml --run.dir=new", "mds/train/index.json: "),
-    ("truncated shard", cut("mds/train/shard.00000.mds"), "train small.yaml --run.dir=new", "mds/train/shard.00000.mds: has"),
+    ("truncated shard", cut("mds/train/shard.00000.mds"), "train small.yaml --run.dir=new",
+     "mds/train/shard.00000.mds: has"),
     ("missing shard", remove("mds/val/shard.00000.mds"), "train small.yaml --run.dir=new",
      "mds/val/shard.00000.mds: is missing; copy it again, or convert the text again"),
 ]
@@ -195,7 +212,8 @@ RUNS = [
     ("flipped bit in a checkpoint", flip(f"{CKPT}/__0_0.distcp"), f"train small.yaml --run.resume={CKPT}",
      f"{CKPT}/__0_0.distcp: its content has changed since it was written; choose another checkpoint, or remove {CKPT}"),
     ("resume from nothing", None, "train small.yaml --run.resume=nowhere", "nowhere: no complete checkpoint there"),
-    ("resume in another order", None, "train small.yaml --data.shuffle_seed=1", f"{CKPT}: data.shuffle_seed is 1 now and was 9176"),
+    ("resume in another order", None, "train small.yaml --data.shuffle_seed=1",
+     f"{CKPT}: data.shuffle_seed is 1 now and was 9176"),
     ("resume on other data", None, "train small.yaml --data.path=char", f"{CKPT}: train index.json sha256 is ",
      f"{CKPT}: tokenizer fingerprint is "),
     ("resume another model", None, "train small.yaml --model.n_embd=64", f"{CKPT}: does not fit this model"),
@@ -203,16 +221,18 @@ RUNS = [
     ("weights of another tokenizer", None, "train small.yaml --data.path=char --run.dir=new --run.init_from=run",
      f"{CKPT}: its tokenizer is byte, that of char is char"),
     ("run folder below a file", None, "train small.yaml --run.dir=empty.txt/new", "empty.txt/new: cannot be written"),
-    ("CUDA where there is none", None, "train small.yaml --run.device=cuda --run.dir=new", "run.device: cuda is asked for"),
+    ("CUDA where there is none", None, "train small.yaml --run.device=cuda --run.dir=new",
+     "run.device: cuda is asked for"),
     ("small /dev/shm", None, "small-shm-train small.yaml --run.dir=new", "/dev/shm: 64 KiB are free, 1024 are needed"),
     ("two ranks, indivisible batch", None, "torchrun-train small.yaml --train.micro_batch_size=4 --run.dir=new",
      "small.yaml: train.global_batch_size: 4 is not a multiple of 2 ranks x micro_batch_size 4 = 8; take 8"),
     ("two ranks, run folder not to be written", None, "torchrun-train small.yaml --run.dir=/proc/nanogpt",
      "/proc/nanogpt: cannot be written"),
     ("sample a missing run", None, "sample --run nowhere", "nowhere: no complete checkpoint there; give a run folder"),
-    ("sample a truncated checkpoint", cut(f"{CKPT}/__0_0.distcp"), f"sample --run {CKPT}", f"{CKPT}/__0_0.distcp: has "),
-    ("sample with another tokenizer", replace(f"{CKPT}/state.json", '"name": "byte"', '"name": "char"'), "sample --run run",
-     f"{CKPT}/state.json: its content has changed since it was written"),
+    ("sample a truncated checkpoint", cut(f"{CKPT}/__0_0.distcp"), f"sample --run {CKPT}",
+     f"{CKPT}/__0_0.distcp: has "),
+    ("sample with another tokenizer", replace(f"{CKPT}/state.json", '"name": "byte"', '"name": "char"'),
+     "sample --run run", f"{CKPT}/state.json: its content has changed since it was written"),
     ("sample as for another dataset", None, "sample --run run --tokenizer char",
      "char: its tokenizer (char) is not the one of run (byte)"),
     ("negative temperature", None, "sample --run run --temperature -1", "--temperature: -1 "),
@@ -227,8 +247,13 @@ RUNS = [
 LATER = [  # found when the run folder has been made, which keeps its logs
     ("ids out of the vocabulary", fill("mds/train/shard.00000.mds"), "train small.yaml --run.dir=new",
      "mds/train/shard.00000.mds: sample "),
-    ("a folder for metrics.jsonl", make_folder("new/metrics.jsonl"), "train small.yaml --run.dir=new", "new/metrics.jsonl: "),
-    ("a file for checkpoints", write("new/checkpoints", ""), "train small.yaml --run.dir=new", "new: cannot be written"),
+    ("ids out of the vocabulary on one of two ranks", fill("mds/train/shard.00000.mds"), "torchrun-train small.yaml "
+     "--run.dir=new --data.shuffle=off --data.num_canonical_nodes=1",
+     "rank 1: mds/train/shard.00000.mds: sample 1 holds "),
+    ("a folder for metrics.jsonl", make_folder("new/metrics.jsonl"), "train small.yaml --run.dir=new",
+     "new/metrics.jsonl: "),
+    ("a file for checkpoints", write("new/checkpoints", ""), "train small.yaml --run.dir=new",
+     "new: cannot be written"),
     ("full disk", make_folder("new"), "full-disk-train small.yaml --run.dir=new", "new: No space left on device"),
 ]
 
@@ -242,8 +267,8 @@ def run(typed: str, here: Path) -> tuple[int, str, str]:
     """(status, stdout, stderr) of a line like `NAME=value program arguments…`, typed in a folder."""
     words = shlex.split(typed)
     first = next(i for i, word in enumerate(words) if "=" not in word)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    environment |= ENVIRONMENT | dict(word.split("=", 1) for word in words[:first])
+    environment = {name: value for name, value in os.environ.items() if name not in RANKS} | ENVIRONMENT
+    environment |= dict(word.split("=", 1) for word in words[:first])
     process = subprocess.Popen([*PROGRAMS[words[first]], *words[first + 1:]], cwd=here, env=environment, text=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
@@ -271,7 +296,7 @@ def good(text_dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def attempts(request, good):
     """What became of each selected case. Importing torch takes seconds, so they run ahead of the tests, one a core."""
-    names = [item.callspec.params["name"] for item in request.session.items if item.name.startswith("test_one_clear_line")]
+    names = [item.callspec.params["name"] for item in request.session.items if item.module is request.module]
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     yield {name: pool.submit(attempt, good, *CASES[name][:2]) for name in names}
     pool.shutdown(cancel_futures=True)
