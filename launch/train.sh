@@ -20,10 +20,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# CPU threads that wait for work sleep instead of spinning: alone that is as fast, and beside any other busy process
-# up to 30 times faster. OpenMP reads it when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+# How long a CPU thread spins before it sleeps when it waits for the others: by default so long that one more busy
+# process on the machine makes training 20 times slower, and not 2. libgomp reads it when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 try:
     from nanogpt.config import help_text, load_config
     from nanogpt.errors import UserError, report, run
@@ -48,6 +47,10 @@ def main():
         print(help_text())
         return
     under_torchrun = "RANK" in os.environ
+    missing = [name for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if under_torchrun and name not in os.environ]
+    if missing:
+        raise UserError(f"RANK is set and {', '.join(missing)} is not: start with torchrun, or unset RANK")
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
     local_ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else 1
     gpus = 0 if under_torchrun or {"--run.device=cpu", "cpu"} & set(argv) else local_gpus()
@@ -72,13 +75,19 @@ def start_torchrun(ranks: int, argv: list[str]):
 
 
 def one_voice():
-    """main, but what goes wrong on all ranks is told by rank 0 alone: the others wait for torchrun to end them."""
+    """main, but what goes wrong on all ranks is told by rank 0 alone: the others wait for torchrun to end them.
+
+    So does a rank that hears no more of another one: whoever failed first tells why.
+    """
     try:
         main()
-    except UserError as error:
-        if (rank := int(os.environ.get("RANK", 0))) == 0:
+    except Exception as error:
+        rank = int(os.environ.get("RANK", 0))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or rank == 0 and isinstance(error, UserError):
             raise
         time.sleep(5)
+        if not isinstance(error, UserError):
+            raise
         report(f"rank {rank}: {error}")  # still here: the trouble was this rank's own
         sys.exit(1)
 

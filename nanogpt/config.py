@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nanogpt.errors import UserError
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NoSwitch = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)  # YAML's `yes` is no 1
+Positive = Annotated[int, Field(gt=0), NoSwitch]
+Count = Annotated[int, Field(ge=0), NoSwitch]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32), NoSwitch]
+Fraction = Annotated[float, Field(ge=0, lt=1), NoSwitch]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), NoSwitch]
 
 
 class Section(BaseModel):
@@ -28,9 +30,9 @@ class Section(BaseModel):
 
 class Run(Section):
     """Who this run is, and where it starts from."""
-    name: str = Field("gpt", pattern=r"^[\w.-]+$", description="name of the run (default: that of its config file)")
+    name: str = Field("gpt", pattern=r"^[\w.-]*\w[\w.-]*$", description="name of the run (default: that of its config file)")
     dir: str | None = Field(None, description="run folder (default: runs/NAME)")
-    seed: Count = Field(1337, description="seed of the initial weights and of dropout")
+    seed: Seed = Field(1337, description="seed of the initial weights and of dropout")
     resume: str = Field("auto", description="auto: go on from the newest complete checkpoint, if there is one; "
                         "never: start anew, in an empty folder; PATH: go on from this checkpoint")
     init_from: str | None = Field(None, description="take the weights alone, from a checkpoint or run folder: finetuning")
@@ -45,7 +47,7 @@ class Data(Section):
     num_canonical_nodes: Positive = Field(8, description="parts of the order, dealt to nodes: keep it ≥ nodes")
     shuffle: bool = Field(True, description="a new order each epoch; off: the order of the dataset")
     shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = Field("py1e", description="as in streaming")
-    shuffle_seed: Count = Field(9176, description="seed of the order")
+    shuffle_seed: Seed = Field(9176, description="seed of the order")
     shuffle_block_size: Positive = Field(1 << 18, description="samples among which the order is random")
 
 
@@ -62,7 +64,7 @@ class Model(Section):
 
 class Optim(Section):
     """AdamW, clipping, and the learning rate as a function of the step."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(6e-4, description="its peak")
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), NoSwitch] = Field(6e-4, description="its peak")
     min_learning_rate: Amount | None = Field(None, description="its end (default: a tenth of the peak; wsd: 0)")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after warmup: cosine decay; constant then a linear decay over decay_steps; constant")
@@ -225,7 +227,8 @@ def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except OSError as error:
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [], 1)
+        others = os.listdir(path.parent) if path.parent.is_dir() and not path.exists() else []
+        near = difflib.get_close_matches(path.name, others, 1)
         raise UserError(f"{path}: {error.strerror.lower()}"
                         + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -243,7 +246,12 @@ def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which a key may stand only once."""
+    """Safe YAML in which a key may stand only once, without aliases: a few of them can be a file of any size."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: write it out, or use base:")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]

@@ -36,3 +36,6 @@ def run(main):
     except BrokenPipeError:  # `tools/inspect_mds.py DIR | head`
         sys.stderr.close()
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        report(f"{error.name} is not installed for {sys.executable}; bash launch/quickstart.sh sets up everything")
+        sys.exit(1)

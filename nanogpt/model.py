@@ -21,11 +21,11 @@ def padded(vocab_size: int, multiple: int = 64) -> int:
 
 def plain_attention(q, k, v, dropout=0.0):
     """Causal attention written out: what F.scaled_dot_product_attention is held against. q, k, v: (B, n_head, T, head)."""
-    T = q.size(-2)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                       # (B, n_head, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
-    return F.dropout(weights, dropout) @ v                                         # (B, n_head, T, head)
+    B, H, T, D = q.shape
+    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
+    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))   # (B * n_head, T, T): scale and mask in one
+    return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
 
 
 class CausalSelfAttention(nn.Module):

@@ -11,7 +11,7 @@ import os
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -60,14 +60,16 @@ def shard(model: GPT, config: Config, device_type: str):
             checkpoint_activations(block, selective=c.activation_checkpointing == "selective")
         if config.train.compile:
             block.compile()
-        wrap(block, reshard_after_forward=frees)
+        if frees or mesh.size() > 1:  # else nothing to free and nobody to talk to: one group, fewer hooks
+            wrap(block, reshard_after_forward=frees)
     wrap(model, reshard_after_forward=False)  # embedding, head and last norm: needed at both ends of forward
 
     # Gradients are summed over ranks, not averaged: the loss is already divided by the tokens of all ranks. Each module
     # has a setting of its own, and gloo knows no other reduction than the plain sum.
-    for module in (*model.transformer.h, model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def checkpoint_activations(block: torch.nn.Module, selective: bool):

@@ -7,6 +7,7 @@ micro-batches, nor any restart can change what step 1000 sees. So nothing of the
 each epoch.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -54,6 +55,11 @@ class Split:
         self.local = None if remote else folder / name
         if self.local:
             self._check_files()
+        column = f"ndarray:{self.card['dtype']}:{stored + 1}"
+        for shard in self.dataset.shards:
+            if shard.column_encodings != [column]:
+                raise UserError(f"{self.path}/{name}/index.json: its samples are {', '.join(shard.column_encodings)}, "
+                                f"those of dataset.json {column}; convert the text again")
         self.samples = self.dataset.num_samples
         if self.samples != self.card["splits"][name]["samples"]:
             raise UserError(f"{self.path}/{name}/index.json: holds {self.samples} samples, dataset.json says "
@@ -179,12 +185,12 @@ class TrainStream:
         node = IterableWrapper(m for step in range(first_step, last_step)
                                for m in self.micro_batches(step, rank, world_size))
         if self.split.local is None:  # shards arrive while earlier ones are read
-            node = Prefetcher(ParallelMapper(node, self._download_shards, num_workers=4), prefetch_factor=64)
-        node = Prefetcher(Mapper(node, self.split.read), prefetch_factor=8)
+            node = Prefetcher(ParallelMapper(node, _telling(self._download_shards), num_workers=4), prefetch_factor=64)
+        node = Prefetcher(Mapper(node, _telling(self.split.read)), prefetch_factor=8)
         if device.type == "cuda":
             node = PinMemory(node)
         node.reset()
-        return node
+        return map(_told, node)
 
     def _download_shards(self, sequences: np.ndarray) -> np.ndarray:
         dataset = self.split.dataset
@@ -195,6 +201,24 @@ class TrainStream:
                 raise UserError(f"{self.split.path}/train/{dataset.shards[shard].raw_data.basename}: "
                                 f"cannot be fetched ({_one_line(error)})") from error
         return sequences
+
+
+def _telling(function):
+    """function, but a UserError is handed on as a result: torchdata's threads would make a page of traceback of it."""
+    def call(argument):
+        if isinstance(argument, UserError):
+            return argument
+        try:
+            return function(argument)
+        except UserError as error:
+            return error
+    return call
+
+
+def _told(result):
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 # ---- opening a StreamingDataset -------------------------------------------------------------------------------------
@@ -256,6 +280,8 @@ def _download(remote: str, local: Path):
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             CloudDownloader.direct_download(remote, str(local))
     except Exception as error:
+        with contextlib.suppress(OSError):
+            os.removedirs(local.parent)  # what is empty
         raise UserError(f"{remote}: cannot be fetched ({_one_line(error)})") from error
     finally:
         if dist.is_initialized():

@@ -82,7 +82,8 @@ def train(config: Config, device: torch.device) -> dict:
         with meter.waiting_for_data():
             tokens = [next(batches).to(device, non_blocking=True) for _ in range(accumulation)]
         count = sum((t[:, 1:] != IGNORE).sum() for t in tokens)
-        dist.all_reduce(count)
+        if world_size > 1:
+            dist.all_reduce(count)
         loss = torch.zeros((), device=device)
         for i, t in enumerate(tokens):                                           # t: (micro_batch_size, block_size + 1)
             model.set_requires_gradient_sync(not sums_late or i == accumulation - 1)
@@ -227,7 +228,7 @@ def load_weights(model, config: Config, tok):
 def prepare_run_folder(config: Config):
     folder = config.run_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another run.dir") from None
@@ -302,6 +303,12 @@ def init_process_group(config: Config) -> torch.device:
 def start(config: Config) -> dict:
     """Process group, run, and out again. What launch/train.sh calls once the config is known to be good."""
     device = init_process_group(config)
-    record = train(config, device)
+    try:
+        record = train(config, device)
+    except BrokenPipeError:  # `… | head`
+        raise
+    except OSError as error:  # a full disk, another user's file
+        raise UserError(f"{error.filename or config.run_dir}: {error.strerror or error}; once that is mended, the same "
+                        "command goes on from the last checkpoint") from error
     dist.destroy_process_group()
     return record

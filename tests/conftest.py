@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported; launch/train.sh tells why
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported; launch/train.sh tells why
 
 import pytest  # noqa: E402
 

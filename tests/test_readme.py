@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", README, re.M | re.S)
+    return [text for word, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if word == kind]
 
 
 def test_commands(tmp_path):
@@ -57,6 +57,6 @@ def test_links_to_files_are_good():
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("word", ["TODO", "TABLE"])
+@pytest.mark.parametrize("word", ["TODO", "_TABLE"])
 def test_nothing_is_left_open(word):
     assert word not in README
