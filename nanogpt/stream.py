@@ -19,11 +19,15 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 
 from nanogpt.config import Config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.shards import import_streaming, load_dataset_card
+
+
+HASHED_AT_START = 1 << 30  # bytes of a split
 
 
 class Split:
@@ -67,12 +71,20 @@ class Split:
         self.index_sha256 = hashlib.sha256((folder / name / "index.json").read_bytes()).hexdigest()
 
     def _check_files(self):
-        """A local shard that is missing or cut short is found now, not in the middle of the night."""
+        """A local shard that is missing, cut short or changed is found now, not in the middle of the night.
+
+        Content is compared where that takes a second (tools/inspect_mds.py DIR --verify does it for any size).
+        """
+        small = sum(shard.raw_data.bytes for shard in self.dataset.shards) <= HASHED_AT_START
         for shard in self.dataset.shards:
-            path = self.local / shard.raw_data.basename
+            path, expected = self.local / shard.raw_data.basename, shard.raw_data.hashes.get("xxh64")
             size = path.stat().st_size if path.exists() else None
+            found = None
             if size != shard.raw_data.bytes:
                 found = "is missing" if size is None else f"has {size} of {shard.raw_data.bytes} bytes"
+            elif small and expected and xxhash.xxh64(path.read_bytes()).hexdigest() != expected:
+                found = "has changed since it was written"
+            if found:
                 raise UserError(f"{path}: {found}; copy it again, or convert the text again")
 
     def read(self, sequences: np.ndarray) -> torch.Tensor:

@@ -28,7 +28,7 @@ PROBE = (
 
 
 class Tokenizer:
-    """What every tokenizer shares: a table of the bytes each id stands for.
+    """What every tokenizer shares: a table of the bytes each id stands for. Its kinds below add `_encode`.
 
     name         "byte", "char", an encoding's name, or a ranks file's stem
     vocab_size   ids run from 0 to vocab_size - 1, end-of-text included

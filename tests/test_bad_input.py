@@ -94,11 +94,15 @@ def flip(name):
 
 
 def fill(name):
-    """Ids that no tokenizer has in every sample of a shard but the first."""
+    """Ids that no tokenizer has in every sample of a shard but the first, and no hash that would tell before."""
     def function(content):
         second = struct.unpack_from("<I", content, 8)[0]  # a shard begins with its number of samples, and their places
         return content[:second] + b"\xff" * (len(content) - second)
-    return change(name, function)
+
+    def both(here):
+        change(name, function)(here)
+        replace(f"{Path(name).parent}/index.json", r'"hashes": {"xxh64": "\w+"}', '"hashes": {}')(here)
+    return both
 
 
 def replace(name, old, new):
@@ -203,6 +207,8 @@ DATA = [
      "train small.yaml --run.dir=new", "mds/train/index.json: "),
     ("truncated shard", cut("mds/train/shard.00000.mds"), "train small.yaml --run.dir=new",
      "mds/train/shard.00000.mds: has"),
+    ("changed shard", flip("mds/train/shard.00000.mds"), "train small.yaml --run.dir=new",
+     "mds/train/shard.00000.mds: has changed since it was written"),
     ("missing shard", remove("mds/val/shard.00000.mds"), "train small.yaml --run.dir=new",
      "mds/val/shard.00000.mds: is missing; copy it again, or convert the text again"),
 ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import convert
 
+from nanogpt import stream as stream_module
 from nanogpt.config import load_config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
@@ -132,12 +133,18 @@ def test_missing_and_truncated_shards_are_named(tmp_path, text_dataset):
     shard.write_bytes(content[:-1])
     with pytest.raises(UserError, match=f"{shard.name}: has .* of {len(content)} bytes"):
         TrainStream(make_config(tmp_path, copy))
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    shard.write_bytes(flipped)
+    with pytest.raises(UserError, match=f"{shard.name}: has changed since it was written"):
+        TrainStream(make_config(tmp_path, copy))
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: is missing"):
         TrainStream(make_config(tmp_path, copy))
 
 
-def test_an_id_out_of_the_vocabulary_is_named(tmp_path, text_dataset):
+def test_an_id_out_of_the_vocabulary_is_named(tmp_path, text_dataset, monkeypatch):
+    monkeypatch.setattr(stream_module, "HASHED_AT_START", 0)  # a dataset too large to be hashed at each start
     copy = damaged(tmp_path, text_dataset)
     shard = next((copy / "train").glob("*.mds"))
     content = bytearray(shard.read_bytes())
@@ -167,8 +174,7 @@ def test_dataset_json_and_config_must_fit(tmp_path, text_dataset):
 def test_too_small_shared_memory(tmp_path, text_dataset, monkeypatch):
     import os
 
-    from nanogpt import stream
     free = os.statvfs_result((4096, 4096, 100, 16, 16, 10, 10, 10, 0, 255))
-    monkeypatch.setattr(stream.os, "statvfs", lambda path: free)
+    monkeypatch.setattr(stream_module.os, "statvfs", lambda path: free)
     with pytest.raises(UserError, match="/dev/shm: 64 KiB are free"):
         TrainStream(make_config(tmp_path, text_dataset))
