@@ -58,14 +58,20 @@ if ((${#text[@]})); then
 elif [ -e "$data/dataset.json" ]; then
     echo "$data is there already"
 else
-    library=$("$python" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    packages=()  # of the library: those with program text in them, rather than tables or tests
-    for package in asyncio collections concurrent ctypes curses dbm email html http importlib json logging \
-                   multiprocessing sqlite3 tkinter tomllib unittest urllib venv wsgiref xml xmlrpc zoneinfo; do
-        [ ! -d "$library/$package" ] || packages+=("$library/$package")
-    done
-    await "${convert[@]}" --glob '*.py' --errors skip --input "$library/*.py" "${packages[@]}" ||
-        die "no shards were made of the standard library in $library; --text PATH takes text of your own"
+    sources=()
+    while IFS= read -r line; do sources+=("$line"); done < <("$python" - <<'EOF'
+import os, sysconfig
+other = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip",  # tests and applications,
+         "encodings", "pydoc_data",                                                       # tables,
+         "site-packages", "dist-packages"}                                                # and what was installed
+for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
+    folders[:] = sorted(set(folders) - other)
+    if any(name.endswith(".py") for name in files):
+        print(f"{folder}/*.py")
+EOF
+    )
+    ((${#sources[@]})) || die "this Python comes without the source code of its library; --text PATH takes text of your own"
+    await "${convert[@]}" --errors skip --input "${sources[@]}" || die "no shards were made of Python's standard library"
 fi
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,13 +99,13 @@ else
     while running && (($(logged) < lines + 2)); do sleep 0.1; done  # some steps that will be lost, and done again
     if running; then
         kill_child
-        echo "killed with SIGKILL, as a power cut would do it; the last checkpoint is $(ls -d "$run"/checkpoints/step-* | tail -n 1)"
+        echo "killed with SIGKILL, which no program can prepare for. The newest checkpoint is $(ls -d "$run"/checkpoints/step-* | tail -n 1)"
     else
         finish || die "training failed; see above"
     fi
 fi
 
-heading 4 "the same command again: it goes on from the newest checkpoint"
+heading 4 "the same command again: it goes on from the newest checkpoint, and repeats the steps since, with their losses"
 echo "bash ${train[*]}"
 await "$python" "${train[@]}" || die "training failed; see above"
 
