@@ -20,9 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# How long a CPU thread spins before it sleeps when it waits for the others: by default so long that one more busy
-# process on the machine makes training 20 times slower, and not 2. libgomp reads it when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 try:
     from nanogpt.config import help_text, load_config
     from nanogpt.errors import UserError, report, run

@@ -1,12 +1,9 @@
 """What tests share: small datasets, and ranks that are started once."""
 
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported; launch/train.sh tells why
-
-import pytest  # noqa: E402
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
