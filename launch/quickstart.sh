@@ -70,8 +70,8 @@ for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
         print(f"{folder}/*.py")
 EOF
     )
-    ((${#sources[@]})) || die "this Python comes without the source code of its library; --text PATH takes text of your own"
-    await "${convert[@]}" --errors skip --input "${sources[@]}" || die "no shards were made of Python's standard library"
+    ((${#sources[@]})) || die "this Python comes without its library's source code; --text PATH takes your own text"
+    await "${convert[@]}" --errors skip --input "${sources[@]}" || die "no shards were made of Python's library; see above"
 fi
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +84,8 @@ if gpus > 1:
     print(f"--train.micro_batch_size {micro} --train.global_batch_size {micro * gpus}")
 EOF
 )
-train=(launch/train.sh configs/quickstart.yaml --data.path "$data" --run.name "$name" $share ${settings[@]+"${settings[@]}"})
+train=(launch/train.sh configs/quickstart.yaml --data.path "$data" --run.name "$name" $share)
+train+=(${settings[@]+"${settings[@]}"})
 checkpoint() { compgen -G "$run/checkpoints/step-*/manifest.json" >/dev/null; }  # the manifest comes last
 logged() { cat "$run/metrics.jsonl" 2>/dev/null | wc -l; }
 
@@ -99,13 +100,13 @@ else
     while running && (($(logged) < lines + 2)); do sleep 0.1; done  # some steps that will be lost, and done again
     if running; then
         kill_child
-        echo "killed with SIGKILL, which no program can prepare for. The newest checkpoint is $(ls -d "$run"/checkpoints/step-* | tail -n 1)"
+        echo "killed with SIGKILL, which no program can prepare for; complete checkpoints: $(ls -d "$run"/checkpoints/step-*)"
     else
         finish || die "training failed; see above"
     fi
 fi
 
-heading 4 "the same command again: it goes on from the newest checkpoint, and repeats the steps since, with their losses"
+heading 4 "the same command again: it goes on from the newest checkpoint; the steps since come again, with their losses"
 echo "bash ${train[*]}"
 await "$python" "${train[@]}" || die "training failed; see above"
 

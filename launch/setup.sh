@@ -115,7 +115,10 @@ install() {  # requirements.txt into .venv, then the stamp: a copy of it
     echo "installing requirements.txt into .venv, once (a CUDA build of torch is several GB)"
     start "$python" -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt >"$log" 2>&1
     show_progress "$log"
-    finish || { grep -i '^error' "$log" | tail -n 3 >&2; die "pip could not install requirements.txt; .venv/pip.log has it all"; }
+    if ! finish; then
+        grep -i '^error' "$log" | tail -n 3 >&2 || true
+        die "pip could not install requirements.txt; .venv/pip.log has it all"
+    fi
     cp requirements.txt "$1.partial"
     mv "$1.partial" "$1"  # last, so that an interrupted installation does not count
     echo "installed in $((SECONDS / 60)) min $((SECONDS % 60)) s"

@@ -52,13 +52,13 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Each value's mean with its neighbours: a fiftieth of the run, and less at the start, where the loss falls fast."""
+    """Each value's mean with its neighbours: a 25th of the run, and less at the start, where the loss falls fast."""
     sums = [0.0, *accumulate(v if v == v else 0.0 for v in values)]  # a NaN would stay for ever
     counts = [0, *accumulate(v == v for v in values)]
     means = []
     for i in range(len(values)):
-        reach = min(len(values) // 100, i // 10, len(values) - 1 - i)
-        first, last = i - reach, i + reach + 1
+        reach = min(max(3, len(values) // 50), i // 4)
+        first, last = i - reach, min(i + reach + 1, len(values))
         n = counts[last] - counts[first]
         means.append((sums[last] - sums[first]) / n if n else float("nan"))
     return means
