@@ -71,7 +71,8 @@ for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
 EOF
     )
     ((${#sources[@]})) || die "this Python comes without its library's source code; --text PATH takes your own text"
-    await "${convert[@]}" --errors skip --input "${sources[@]}" || die "no shards were made of Python's library; see above"
+    await "${convert[@]}" --errors skip --input "${sources[@]}" ||
+        die "no shards were made of Python's standard library; see above"
 fi
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ else
     while running && (($(logged) < lines + 2)); do sleep 0.1; done  # some steps that will be lost, and done again
     if running; then
         kill_child
-        echo "killed with SIGKILL, which no program can prepare for; complete checkpoints: $(ls -d "$run"/checkpoints/step-*)"
+        echo "killed with SIGKILL, which nothing can prepare for; its checkpoints: $(ls -d "$run"/checkpoints/step-*)"
     else
         finish || die "training failed; see above"
     fi
@@ -131,7 +132,8 @@ samples = read_samples(data / "val", read_index(data / "val", card), card)
 targets = np.concatenate([s[1:] for s in samples])[:config["eval"]["sequences"] * config["model"]["block_size"]]
 text = from_json(card["tokenizer"]).decode_bytes(targets)
 print(f"validation   {last['val_loss']:.4f} nats a byte = {last['val_bits_per_byte']:.4f} bits/byte")
-print(f"xz -9        {8 * len(lzma.compress(text, preset=9)) / len(text):.4f} bits/byte on the same {len(text):,} bytes")
+xz = 8 * len(lzma.compress(text, preset=9)) / len(text)
+print(f"xz -9        {xz:.4f} bits/byte on the same {len(text):,} bytes")
 print(f"speed        {statistics.median(r['tokens_per_s'] for r in records):,.0f} tokens/s")
 EOF
 ) || die "the run could not be summed up; see above"

@@ -23,7 +23,7 @@ case "$*" in
     *ensurepip*) [ -z "${NO_VENV:-}" ] ;;
     "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     "-m pip --version") ;;
-    "-m pip install "*) echo "$*" >>installed; sleep "${PIP_TAKES:-0}"; echo "ERROR: no room"; exit "${PIP_STATUS:-0}" ;;
+    "-m pip install "*) echo "$*" >>installed; sleep "${PIP_TAKES:-0}"; echo "ERROR: full"; exit "${PIP_STATUS:-0}" ;;
     *sys.prefix*) echo "$PWD/.venv" ;;
     *) echo "unexpected: $*" >&2; exit 9 ;;
 esac
@@ -76,7 +76,7 @@ def test_installs_once_and_again_when_requirements_change(clone):
 def test_a_failed_installation_does_not_count(clone):
     done = clone.run(SET_UP, PIP_STATUS="1")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[0] == "ERROR: no room"
+    assert done.stderr.splitlines()[0] == "ERROR: full"
     assert done.stderr.splitlines()[1].startswith("error: pip could not install requirements.txt")
     assert clone.run(SET_UP).returncode == 0
     assert clone.installations() == 2
@@ -108,7 +108,7 @@ def test_python_is_chosen_by_its_version(clone):
     clone.python("3.13.0")
     done = clone.run(SET_UP)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: Python 3.10, 3.11 or 3.12 is needed on PATH, python3 is Python 3.13.0.*\n", done.stderr)
+    assert re.fullmatch(r"error: Python 3.10, 3.11 or 3.12 is needed on PATH, python3 is Python 3.13.*\n", done.stderr)
     assert not (clone.folder / ".venv").exists()
     clone.python("3.10.1", names=["python3.10"])
     assert "bin/python3.10, Python 3.10.1" in clone.run(SET_UP).stdout
@@ -172,5 +172,4 @@ def test_a_whole_run(tmp_path):
     records = [json.loads(line) for line in (clone / "runs/small/metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [*range(1, 401)]
     assert (clone / "runs/small/loss.png").read_bytes()[:4] == b"\x89PNG"
-    assert sorted(p.name for p in clone.iterdir()) == ["configs", "data", "launch", "nanogpt", "requirements.txt", "runs",
-                                                       "tools"]
+    assert {p.name for p in clone.iterdir()} - {"nanogpt", "configs", "tools", "launch", "requirements.txt"} == {"data", "runs"}

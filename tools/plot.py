@@ -18,7 +18,7 @@ from nanogpt.errors import Parser, UserError, run  # noqa: E402
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are drawn into one picture")
-    parser.add_argument("--out", metavar="FILE", help="the picture: .png, .svg or .pdf (default: loss.png in the first RUN)")
+    parser.add_argument("--out", metavar="FILE", help=".png, .svg or .pdf (default: loss.png in the first RUN)")
     args = parser.parse_args()
     out = Path(args.out or Path(args.runs[0]) / "loss.png")
     if out.suffix not in (".png", ".svg", ".pdf"):
@@ -95,7 +95,8 @@ def draw(curves: dict[str, list[dict]], out: Path):
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(", ".join(Path(name).resolve().name for name in curves) if len(curves) < 4 else f"{len(curves)} runs")
+    names = [Path(name).resolve().name for name in curves]
+    axes.set_title(", ".join(names) if len(names) < 4 else f"{len(names)} runs")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.grid(alpha=0.25)
     axes.spines[["right"]].set_visible(False)
