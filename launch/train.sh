@@ -21,11 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-try:
-    from nanogpt.config import help_text, load_config
-    from nanogpt.errors import UserError, report, run
-except ModuleNotFoundError as missing:
-    sys.exit(f"error: {missing.name} is not installed for {sys.executable}; bash launch/quickstart.sh sets up everything")
+from nanogpt.errors import UserError, report, run  # noqa: E402
 
 
 def local_gpus() -> int:
@@ -40,6 +36,7 @@ def local_gpus() -> int:
 
 
 def main():
+    from nanogpt.config import help_text, load_config  # here, so that `run` tells what is not installed
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         print(help_text())

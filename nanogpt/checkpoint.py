@@ -242,9 +242,10 @@ class SafeReader(dcp.FileSystemReader):
         try:
             metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
             entries = metadata.state_dict_metadata
-            assert isinstance(metadata, Metadata) and all(isinstance(e, TensorStorageMetadata) for e in entries.values())
-            # DCP would follow an index that points out of the folder.
-            assert all(Path(info.relative_path).name == info.relative_path for info in metadata.storage_data.values())
+            # No asserts: `python -O` would leave them out. DCP would follow an index that points out of the folder.
+            if not (isinstance(metadata, Metadata) and all(isinstance(e, TensorStorageMetadata) for e in entries.values())
+                    and all(Path(i.relative_path).name == i.relative_path for i in metadata.storage_data.values())):
+                raise ValueError("entries that are no tensors, or files of another folder")
         except UserError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
