@@ -13,7 +13,9 @@ python=$(command -v python3 || command -v python)
 exec "$python" "$root/launch/train.sh" "$@"
 ":"""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import UserError, report, run  # noqa: E402
+from nanogpt.errors import PeerLost, Stopped, UserError, report, run  # noqa: E402
 
 
 def local_gpus() -> int:
@@ -60,13 +62,21 @@ def main():
 
 def start_torchrun(ranks: int, argv: list[str]):
     """torchrun in this process; a rank that fails has told why, so torchrun's own report of it is left out."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args
     from torch.distributed.run import run as torchrun
     try:
-        torchrun(parse_args(["--standalone", "--nproc_per_node", str(ranks), __file__, *argv]))
+        torchrun(parse_args(["--standalone", "--nproc_per_node", str(ranks), "--signals-to-handle",
+                             "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", __file__, *argv]))
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode or 1)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # it could tell nothing
+            raise UserError(f"rank {rank} was ended by {failure.signal_name()} (SIGKILL: out of memory, perhaps); the same "
+                            "command goes on from the last checkpoint") from None
+        sys.exit(failure.exitcode or 1)
+    except SignalException as error:
+        sys.exit(130 if error.sigval == signal.SIGINT else Stopped.STATUS)
 
 
 def one_voice():
@@ -78,13 +88,27 @@ def one_voice():
         main()
     except Exception as error:
         rank = int(os.environ.get("RANK", 0))
-        if os.environ.get("WORLD_SIZE", "1") == "1" or rank == 0 and isinstance(error, UserError):
+        own = isinstance(error, UserError) and not isinstance(error, PeerLost)
+        if own:
+            tell_torchrun(str(error))
+        if os.environ.get("WORLD_SIZE", "1") == "1" or isinstance(error, Stopped) or rank == 0 and own:
             raise
-        time.sleep(5)
+        from nanogpt import watch
+        if not watch.asked:
+            time.sleep(5)
+        if watch.asked:  # torchrun has asked this rank to stop: another one was first, and tells
+            sys.exit(1)
         if not isinstance(error, UserError):
             raise
         report(f"rank {rank}: {error}")  # still here: the trouble was this rank's own
         sys.exit(1)
+
+
+def tell_torchrun(line: str):
+    """The file from which torchrun takes the reason for its report."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = dict(py_callstack=line, timestamp=str(int(time.time())))
+        Path(file).write_text(json.dumps(dict(message=dict(message=line, extraInfo=extra))))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from nanogpt.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no mixtures, and left out the remainder of an epoch
 
 
 def tensors(model, optimizer=None) -> dict[str, torch.Tensor]:
@@ -65,14 +66,15 @@ class Saver:
         self.group = dist.new_group(backend="gloo")  # of its own: the background thread talks while training does
         self.writing = None                          # DCP's future of the save under way
         self.published = threading.Event()           # rank 0: the publishing of the last save has ended
-        self.failure = None
+        self.failure, self.told = None, False
+        self.seconds, self.warned_of_grace = 0.0, False  # what the last save took until it was published
 
     def save(self, model, optimizer, state: dict):
         """Saves as step-STEP. Returns when weights and state may change again; `wait` tells whether it worked."""
         self.wait()
         final = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{final.name}.partial"
-        self.failure, self.published = None, threading.Event()
+        self.failure, self.published, self.told, self.began = None, threading.Event(), False, time.monotonic()
         if dist.get_rank() == 0:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -106,6 +108,7 @@ class Saver:
                 os.rename(partial, final)
                 _sync(self.folder)
                 self._retain()
+                self.seconds = time.monotonic() - self.began
         except Exception as raised:
             self.failure = raised
         finally:
@@ -132,10 +135,17 @@ class Saver:
             self.writing = None
         failed = [self.failure and _reason(self.failure)]
         dist.broadcast_object_list(failed, src=0, group=self.group)
-        if failed[0] and self.failure is not None and dist.get_rank() == 0:
-            self.warn(f"warning: checkpoint not saved ({failed[0]}); the older ones are kept")
+        if dist.get_rank() == 0:
+            self.tell()
         self.failure = None
         return failed[0] is None
+
+
+    def tell(self):
+        """Rank 0: warns, once, if the save in the background has failed."""
+        if self.published.is_set() and self.failure is not None and not self.told:
+            self.told = True
+            self.warn(f"warning: checkpoint not saved ({_reason(self.failure)}); the older ones are kept")
 
 
 def _reason(error: BaseException) -> str:
@@ -153,10 +163,22 @@ def step_of(path: Path) -> int:
     return int(digits) if digits.isdigit() else read_state(path)["step"]
 
 
+def published(folder: Path) -> list[Path]:
+    """Checkpoints of RUN/checkpoints, oldest first; those too which have lost their manifest since."""
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), key=step_of)
+
+
 def complete_steps(folder: Path) -> list[Path]:
-    """Published checkpoints of RUN/checkpoints, oldest first."""
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "manifest.json").exists()]
-    return sorted(found, key=step_of)
+    """Published checkpoints with a manifest, oldest first."""
+    return [p for p in published(folder) if (p / "manifest.json").exists()]
+
+
+def put_aside(path: Path) -> Path:
+    """Gives a damaged checkpoint another name, under which it is neither taken nor kept in the place of a good one."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
 
 
 def find(path: str | Path) -> Path:
@@ -199,12 +221,20 @@ def verify(path: Path):
         raise UserError(f"{problem}; choose another checkpoint, or remove {path}")
 
 
+STATE = dict(step=int, tokens=int, config=dict, data_history=list, next_samples=str, tokenizer=dict, world_size=int,
+             skipped_steps=list, recent_losses=list, versions=dict)
+
+
 def read_state(path: Path) -> dict:
     """state.json of a checkpoint. Raises UserError where it is damaged or of another format."""
     state = read_json(path / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}/state.json: its format is {found}, this version reads {FORMAT}")
+        raise UserError(f"{path}/state.json: its format is {found}, this version reads {FORMAT}; go on with the version "
+                        "that wrote it, or start another run.name")
+    for key, kind in STATE.items():
+        if type(state.get(key)) is not kind:
+            raise UserError(f"{path}/state.json: {key} is {state.get(key)!r:.60}, no {kind.__name__}: damaged")
     return state
 
 

@@ -36,12 +36,30 @@ class Run(Section):
     resume: str = Field("auto", description="auto: go on from the newest complete checkpoint, if there is one; "
                         "never: start anew, in an empty folder; PATH: go on from this checkpoint")
     init_from: str | None = Field(None, description="take the weights alone, from a checkpoint or run folder: finetuning")
+    allow_data_change: bool = Field(False, description="resume although the data or its order has changed: the new data "
+                                    "is read from its beginning")
+    grace_s: Amount = Field(30, description="seconds between SIGTERM or SIGUSR1 and SIGKILL: torchrun's 30, or those of "
+                            "your cluster; a save that would not fit is told beforehand")
+    timeout_s: Annotated[float, Field(gt=0), NoSwitch] = Field(
+        120, description="seconds without progress after which a run is ended: a rank hangs, or a link is cut")
+    first_timeout_s: Annotated[float, Field(gt=0), NoSwitch] = Field(
+        1800, description="the same until the end of the first step, which compiles, and while a checkpoint is saved")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one, else the CPU")
+
+
+class Source(Section):
+    """One dataset of a mixture."""
+    path: str = Field(description="dataset folder or URL")
+    proportion: Annotated[float, Field(gt=0, allow_inf_nan=False), NoSwitch] = Field(1.0, description="its share of the samples")
 
 
 class Data(Section):
     """What is read, and in which order. Nothing here may change when a run is resumed, but the cache."""
     path: str | None = Field(None, description="dataset folder, or its URL (s3://…, gs://…), as the converters write it")
+    train: list[Source] | None = Field(None, min_length=1, description="in place of path: several datasets, mixed, as "
+                                       "[{path: data/owt, proportion: 0.7}, {path: data/code, proportion: 0.3}]")
+    mixture: Literal["random", "stratified"] = Field("random", description="random: each sample's dataset is drawn; "
+                                                     "stratified: every step holds them in proportion")
     cache_dir: str | None = Field(None, description="where shards of a URL are kept (default: RUN_DIR/cache)")
     cache_limit: str | None = Field(None, description="room for cached shards, as 200gb (default: no limit)")
     num_canonical_nodes: Positive = Field(8, description="parts of the order, dealt to nodes: keep it ≥ nodes")
@@ -49,6 +67,11 @@ class Data(Section):
     shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = Field("py1e", description="as in streaming")
     shuffle_seed: Seed = Field(9176, description="seed of the order")
     shuffle_block_size: Positive = Field(1 << 18, description="samples among which the order is random")
+
+    @property
+    def sources(self) -> list[Source]:
+        """The datasets, one or several."""
+        return self.train or [Source(path=self.path)]
 
 
 class Model(Section):
@@ -88,6 +111,8 @@ class Train(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
     compile: bool = Field(True, description="torch.compile, block by block")
+    max_skipped_steps: Count = Field(0, description="steps of the whole run that may be left out because their loss or "
+                                     "gradient is not finite; one more stops it")
 
 
 class Eval(Section):
@@ -190,8 +215,14 @@ def load_config(argv: list[str], world_size: int = 1, local_world_size: int = 1)
 def _contradictions(c: Config, world_size: int, local_world_size: int):
     """Yields ([keys], message) for settings that are fine alone and wrong together. The first key gets the blame."""
     ranks = f"{world_size} rank{'s' * (world_size > 1)}"
-    if c.data.path is None:
-        yield ["data.path"], "a dataset folder is needed; tools/convert_text_to_mds.py makes one"
+    if c.data.path is None and c.data.train is None:
+        yield ["data.path", "data.train"], "a dataset folder is needed; tools/convert_text_to_mds.py makes one"
+    if c.data.path is not None and c.data.train is not None:
+        yield ["data.path", "data.train"], "path is for one dataset, train for several: take out one of the two"
+    for source in c.data.sources if c.data.path or c.data.train else []:
+        if "@" in source.path.partition("://")[2].partition("/")[0]:
+            yield ["data.path", "data.train"], "a URL with a password would be copied into logs and checkpoints; " \
+                  "credentials come from the environment"
     if c.model.n_embd % c.model.n_head:
         yield ["model.n_embd", "model.n_head"], f"{c.model.n_embd} is not a multiple of n_head {c.model.n_head}"
     if c.train.max_steps is None and c.train.max_tokens is None:

@@ -8,6 +8,15 @@ class UserError(Exception):
     """Something the user can mend: what is wrong, where, and what to type instead. One line a problem."""
 
 
+class PeerLost(UserError):
+    """Another rank does not answer. Why, it tells itself, if it can."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; it is saved, and the same command goes on."""
+    STATUS = 75  # EX_TEMPFAIL: try again later
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors raised as UserError (one line, not a page of usage) and defaults shown in --help."""
 
@@ -25,12 +34,14 @@ def report(error):
 
 
 def run(main):
-    """Runs a command's `main()` and exits: 0 when it returns, 1 on a UserError, 130 on Ctrl-C."""
+    """Runs a command's `main()` and exits: 0 when it returns, 1 on a UserError, 75 on Stopped, 130 on Ctrl-C."""
     try:
         main()
     except UserError as error:
         report(error)
         sys.exit(1)
+    except Stopped:
+        sys.exit(Stopped.STATUS)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `tools/inspect_mds.py DIR | head`

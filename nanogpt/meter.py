@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import resource
+import statistics
 import sys
 import time
 import uuid
@@ -39,24 +41,23 @@ def memory_gib(device: torch.device) -> float:
 class Meter:
     """Times the loop and writes what it is given. Only rank 0 writes; all ranks may call everything."""
 
-    def __init__(self, config, device: torch.device, world_size: int, flops_per_token: int, writes: bool):
+    def __init__(self, config, device: torch.device, world_size: int, flops_per_token: int, writes: bool, state: dict):
         self.config, self.device, self.world_size, self.writes = config, device, world_size, writes
         self.flops_per_token, self.peak = flops_per_token, peak_flops(device)
         self.metrics, self.text, self.wandb = None, None, None
         self.last_step = config.max_steps
+        self.era = state["data_history"][-1]  # since then, all steps have had as many tokens
+
+    def tokens(self, step: int) -> int:
+        """Tokens trained on in the first `step` steps."""
+        return self.era["tokens"] + (step - self.era["from_step"]) * self.config.tokens_per_step
 
     def open(self, first_step: int):
         """Opens the run folder's files, and takes back what was logged past first_step (the run goes on from there)."""
         if self.writes:
             folder = self.config.run_dir
-            path = folder / "metrics.jsonl"
-            if path.exists():
-                kept = [line for line in path.read_text().splitlines(True) if _step(line) <= first_step]
-                aside = path.with_name(".metrics.jsonl.partial")
-                aside.write_text("".join(kept))
-                os.replace(aside, path)
-            self.metrics = open(path, "a", buffering=1)
-            self.text = open(folder / "log.txt", "a", buffering=1)
+            take_back(folder / "metrics.jsonl", first_step)
+            self.metrics, self.text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
             self._open_wandb(folder)
         self.start(first_step)
 
@@ -80,7 +81,15 @@ class Meter:
         if self.writes:
             print(line, flush=True)
             if self.text:
-                self.text.write(line + "\n")
+                self._write(self.text, line)
+
+    def _write(self, file: "Lines", line: str):
+        """A full disk does not end a run: what could not be written is written with the next line, if it can be."""
+        was = file.problem
+        file.write(line)
+        if file.problem and not was:
+            print(f"warning: {file.path}: cannot be written ({file.problem}); kept in memory, and tried again",
+                  file=sys.stderr, flush=True)
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
@@ -108,7 +117,7 @@ class Meter:
         seconds = max(1e-9, time.perf_counter() - self.window_start - self.paused)
         tokens_per_s = steps * self.config.tokens_per_step / seconds
         mfu = tokens_per_s * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
-        record = dict(step=step, tokens=step * self.config.tokens_per_step, loss=loss, learning_rate=learning_rate,
+        record = dict(step=step, tokens=self.tokens(step), loss=loss, learning_rate=learning_rate,
                       grad_norm=grad_norm, step_time_s=seconds / steps, tokens_per_s=tokens_per_s, mfu=mfu,
                       data_wait_fraction=self.waited / seconds, memory_gib=memory_gib(self.device), time=time.time())
         self.start(step)
@@ -120,7 +129,8 @@ class Meter:
         """Writes one record to metrics.jsonl, to wandb and, as a line, to the console."""
         if not self.writes:
             return
-        self.metrics.write(json.dumps(record) + "\n")
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+        self._write(self.metrics, json.dumps(finite))
         if self.wandb:
             try:
                 self.wandb.log(record, step=record["step"])
@@ -145,12 +155,65 @@ class Meter:
                 self.wandb.finish()
             except Exception as error:
                 self.say(f"warning: wandb did not finish ({type(error).__name__}: {error})")
-        for file in (self.metrics, self.text):
-            if file:
-                file.close()
+        return next((file.problem for file in (self.metrics, self.text) if file and file.close()), None)
 
 
-def _step(line: str) -> int:
+class Lines:
+    """A file that is written line by line, and keeps what it could not write."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting, self.problem = path, b"", None
+        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+    def write(self, line: str):
+        self.waiting += line.encode() + b"\n"
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[os.write(self.fd, self.waiting):]
+            self.problem = None
+        except OSError as error:
+            self.problem = error.strerror
+
+    def close(self) -> bool:
+        """Whether something could not be written."""
+        os.close(self.fd)
+        return bool(self.waiting)
+
+
+def take_back(path: Path, step: int):
+    """Cuts the lines of later steps off metrics.jsonl. Read from its end: as quick after 100,000 steps as after 10."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        tail, keep = b"", None
+        while end and keep is None:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            tail, end = file.read(end - start) + tail, start
+            lines = tail.splitlines(True)
+            for i in range(len(lines) - 1, -1 if start == 0 else 0, -1):  # the first may be cut, unless the file begins there
+                if _step(lines[i]) <= step:
+                    keep = start + sum(map(len, lines[:i + 1]))
+                    break
+        file.truncate(keep or 0)
+
+
+def loss_spikes(losses: list[float], new: int, recent: int) -> list[int]:
+    """Which of the last `new` losses lie more than 6 standard deviations, and 0.1, above the mean of those before.
+
+    Each is compared with up to `recent` before it, of which 32 must be there. Returns positions in `losses`.
+    """
+    found = []
+    for i in range(max(0, len(losses) - new), len(losses)):
+        before = [x for x in losses[max(0, i - recent):i] if math.isfinite(x)]
+        if len(before) >= 32 and math.isfinite(losses[i]):
+            if losses[i] > statistics.fmean(before) + max(6 * statistics.pstdev(before), 0.1):
+                found.append(i)
+    return found
+
+
+def _step(line: bytes) -> int:
     """Step of a line of metrics.jsonl; one that was cut short by a crash counts as later than everything."""
     try:
         return json.loads(line)["step"]

@@ -1,17 +1,22 @@
 """MDS shards -> StreamingDataset -> batches on the device. What a step trains on is a function of the step alone.
 
-An epoch is one flat order of the samples, which streaming's shuffle makes from (seed, epoch). A step takes the next
-`samples_per_step` of it, and its ranks share them out: neither their number, nor that of nodes, threads or
-micro-batches, nor any restart can change what step 1000 sees. So nothing of the loader is saved, and resuming at step
-100,000 costs what resuming at step 10 does. The remainder of an epoch that fills no step is left out, another one
-each epoch.
+A dataset is one endless order of samples: epoch after epoch, each sample once in each, as streaming's shuffle makes it
+from (seed, epoch). Step s takes the samples_per_step that begin at s * samples_per_step, and its ranks share them out:
+neither their number, nor that of nodes, threads or micro-batches, nor any restart can change what step 1000 sees. So
+nothing of the loader is saved, and resuming at step 100,000 costs what resuming at step 10 does.
+
+A mixture deals the samples of a step to its datasets by a fixed pattern; each goes through its own endless order.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import random
 import secrets
+import sys
+import time
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
@@ -27,86 +32,103 @@ from nanogpt.loss import IGNORE
 from nanogpt.shards import import_streaming, load_dataset_card
 
 
-HASHED_AT_START = 1 << 30  # bytes of a split
+HASHED_AT_START = 1 << 30  # bytes of a split; the shards of a larger one are hashed as they are first read
+DEAL = 1 << 16             # samples after which the pattern of a mixture begins anew: proportions are rounded to 1/DEAL
+ATTEMPTS, TIMEOUT_S = 6, 20  # of a download; from one attempt to the next 0.5, 1, 2, 4, 8 s
 
 
 class Split:
-    """Random access to the samples of one split, wherever its shards are."""
+    """Random access to the samples of one split of one dataset, wherever its shards are."""
 
-    def __init__(self, config: Config, name: str):
+    def __init__(self, config: Config, name: str, path: str):
         """Raises UserError where the split is missing, damaged or does not fit the config."""
-        self.name, self.path = name, config.data.path
+        self.name, self.path = name, path
         # Compressed shards are unpacked into a cache too, wherever they are: a dataset folder stays as it is.
-        remote = "://" in self.path or _is_compressed(Path(self.path) / name / "index.json")
-        folder = Path(config.data.cache_dir or config.run_dir / "cache") if remote else Path(self.path)
-        if remote:
-            _download(f"{self.path}/dataset.json", folder / "dataset.json")
-        self.card = load_dataset_card(folder)
+        self.remote = "://" in path or _is_compressed(Path(path) / name / "index.json")
+        root = Path(path)
+        if self.remote:
+            root = Path(config.data.cache_dir or config.run_dir / "cache") / hashlib.sha256(path.encode()).hexdigest()[:12]
+            _download(f"{path}/dataset.json", root / "dataset.json")
+        self.card = load_dataset_card(root)
         if name not in self.card["splits"]:
-            raise UserError(f"{self.path}: has no {name} split; convert again, with --val-fraction above 0")
+            raise UserError(f"{path}: has no {name} split; convert again, with --val-fraction above 0")
         stored = self.card["block_size"]
         if stored % config.model.block_size:
-            raise UserError(f"model.block_size: {config.model.block_size} is neither the {stored} that {self.path} "
+            raise UserError(f"model.block_size: {config.model.block_size} is neither the {stored} that {path} "
                             f"holds nor a divisor of it")
-        vocab_size = self.card["tokenizer"]["vocab_size"]
-        if config.model.vocab_size not in (None, vocab_size):
-            raise UserError(f"model.vocab_size: {config.model.vocab_size} is not that of {self.path}, {vocab_size}; "
+        self.vocab_size = self.card["tokenizer"]["vocab_size"]
+        if config.model.vocab_size not in (None, self.vocab_size):
+            raise UserError(f"model.vocab_size: {config.model.vocab_size} is not that of {path}, {self.vocab_size}; "
                             "leave it out")
-        self.vocab_size = vocab_size
         self.block_size = config.model.block_size
         self.parts = stored // self.block_size  # sequences in a sample
-        self.dataset = _open(folder, self.path if remote else None, name, config)
-        self.local = None if remote else folder / name
-        if self.local:
-            self._check_files()
+        self.folder = root / name
+        if self.remote:
+            _download(f"{path}/{name}/index.json", self.folder / "index.json")
+        self.dataset = _open(root, path if self.remote else None, name, config)
         column = f"ndarray:{self.card['dtype']}:{stored + 1}"
         for shard in self.dataset.shards:
             if shard.column_encodings != [column]:
-                raise UserError(f"{self.path}/{name}/index.json: its samples are {', '.join(shard.column_encodings)}, "
+                raise UserError(f"{path}/{name}/index.json: its samples are {', '.join(shard.column_encodings)}, "
                                 f"those of dataset.json {column}; convert the text again")
         self.samples = self.dataset.num_samples
         if self.samples != self.card["splits"][name]["samples"]:
-            raise UserError(f"{self.path}/{name}/index.json: holds {self.samples} samples, dataset.json says "
+            raise UserError(f"{path}/{name}/index.json: holds {self.samples} samples, dataset.json says "
                             f"{self.card['splits'][name]['samples']}; convert the text again")
-        self.index_sha256 = hashlib.sha256((folder / name / "index.json").read_bytes()).hexdigest()
+        self.index_sha256 = hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()
+        self.shard_ends = np.cumsum([shard.samples for shard in self.dataset.shards])
+        self.nodes = min(config.data.num_canonical_nodes, self.samples)
+        self.order = lru_cache(maxsize=2)(self._order)
+        self.known_whole = set()  # shards whose content has been compared with their hash
+        if not self.remote:
+            self._check_files()
 
-    def _check_files(self):
-        """A local shard that is missing, cut short or changed is found now, not in the middle of the night.
+    # ---- order ------------------------------------------------------------------------------------------------------
 
-        Content is compared where that takes a second (tools/inspect_mds.py DIR --verify does it for any size).
-        """
-        small = sum(shard.raw_data.bytes for shard in self.dataset.shards) <= HASHED_AT_START
-        for shard in self.dataset.shards:
-            path, expected = self.local / shard.raw_data.basename, shard.raw_data.hashes.get("xxh64")
-            size = path.stat().st_size if path.exists() else None
-            found = None
-            if size != shard.raw_data.bytes:
-                found = "is missing" if size is None else f"has {size} of {shard.raw_data.bytes} bytes"
-            elif small and expected and xxhash.xxh64(path.read_bytes()).hexdigest() != expected:
-                found = "has changed since it was written"
-            if found:
-                raise UserError(f"{path}: {found}; copy it again, or convert the text again")
+    def _order(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch in order, each once: (samples,) int64."""
+        from streaming.base.batching import generate_work
+        from streaming.base.world import World
+        alone = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
+        order = generate_work("random", self.dataset, alone, epoch, 0).flatten()
+        # Streaming deals samples to canonical nodes in contiguous runs, takes one of each in turn, and repeats the
+        # last sample of the shorter runs in the last row. A sample is to be seen once: drop the repetitions.
+        starts = np.arange(self.nodes + 1) * self.samples // self.nodes
+        rows = -(-self.samples // self.nodes)
+        last_row = np.arange(self.nodes)[np.diff(starts) == rows] + (rows - 1) * self.nodes
+        return np.concatenate([order[:(rows - 1) * self.nodes], order[last_row]])
+
+    def take(self, first: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """n samples of the endless order from the first-th on: (sample (n,), the canonical node that each is of (n,))."""
+        epochs, places = np.divmod(np.arange(first, first + n), self.samples)
+        samples = [self.order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate([*samples, np.empty(0, np.int64)]), places % self.nodes
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
 
     def read(self, sequences: np.ndarray) -> torch.Tensor:
         """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64."""
         T = self.block_size
+        for shard in np.unique(np.searchsorted(self.shard_ends, sequences[:, 0], "right")).tolist():
+            self.make_sure_of(shard)
         rows = []
         for sample, part in sequences.tolist():
             try:
                 rows.append(self.dataset.get_item(sample)["tokens"][part * T:part * T + T + 1])
             except Exception as error:  # streaming raises a different one for each kind of damage
-                raise UserError(f"{self._shard_of(sample)}: sample {sample} cannot be read ({_one_line(error)}); "
+                raise UserError(f"{self.shard_of(sample)}: sample {sample} cannot be read ({_one_line(error)}); "
                                 f"tools/inspect_mds.py {self.path} --verify finds damaged shards") from error
         tokens = np.stack(rows).astype(np.int64)
         if tokens.max() >= self.vocab_size:
             row = int((tokens.max(1) >= self.vocab_size).argmax())
             sample = int(sequences[row, 0])
-            raise UserError(f"{self._shard_of(sample)}: sample {sample} holds id {tokens[row].max()}, the vocabulary "
+            raise UserError(f"{self.shard_of(sample)}: sample {sample} holds id {tokens[row].max()}, the vocabulary "
                             f"ends at {self.vocab_size - 1}; the shard is damaged or of another tokenizer")
         return torch.from_numpy(tokens)
 
-    def _shard_of(self, sample: int) -> str:
-        return f"{self.path}/{self.name}/{self.dataset.shards[self.dataset.spanner[sample][0]].raw_data.basename}"
+    def shard_of(self, sample: int) -> str:
+        shard = int(np.searchsorted(self.shard_ends, sample, "right"))
+        return f"{self.path}/{self.name}/{self.dataset.shards[shard].raw_data.basename}"
 
     def fixed_batches(self, sequences: int, micro_batch_size: int, rank: int, world_size: int):
         """Yields (x, y) of the first `sequences` of the split for this rank: the same ones at every evaluation.
@@ -125,66 +147,182 @@ class Split:
                 targets[:len(real)] = tokens[:len(real), 1:]
             yield tokens[:, :-1], targets
 
+    # ---- damage -----------------------------------------------------------------------------------------------------
+
+    def _check_files(self):
+        """A local shard that is missing, cut short or changed is found now, not in the middle of the night."""
+        small = sum(shard.raw_data.bytes for shard in self.dataset.shards) <= HASHED_AT_START
+        for i, shard in enumerate(self.dataset.shards):
+            path, size = self.folder / shard.raw_data.basename, shard.raw_data.bytes
+            there = path.stat().st_size if path.exists() else None
+            if there != size:
+                found = "is missing" if there is None else f"has {there} of {size} bytes"
+                raise UserError(f"{path}: {found}; copy it again, or convert the text again")
+            if small:
+                self.make_sure_of(i)
+
+    def make_sure_of(self, shard: int):
+        """A shard is there and holds what was written: fetched where need be, hashed once before its first use.
+
+        A damaged one in the cache is thrown away and fetched again. Raises UserError where that does not help.
+        """
+        if shard in self.known_whole:
+            return
+        info = self.dataset.shards[shard].raw_data
+        path, expected = self.folder / info.basename, info.hashes.get("xxh64")
+        if not self.remote:
+            found = _xxh64(path)
+            if found is None or expected and found != expected:
+                raise UserError(f"{path}: {'is missing' if found is None else 'has changed since it was written'}; "
+                                "copy it again, or convert the text again")
+        else:
+            from filelock import FileLock
+            self._fetch(shard)
+            if expected and _xxh64(path) != expected:
+                with FileLock(f"{path}.lock"):  # the ranks of a machine share the cache
+                    if (found := _xxh64(path)) != expected:
+                        if found is not None:
+                            print(f"warning: {path}: damaged in the cache; fetched again", file=sys.stderr, flush=True)
+                        path.unlink(missing_ok=True)
+                        self._fetch(shard)
+                        if _xxh64(path) != expected:
+                            raise UserError(f"{self.path}/{self.name}/{info.basename}: has changed since it was written, "
+                                            "in the remote place too; copy it there again, or convert the text again")
+        self.known_whole.add(shard)
+
+    def _fetch(self, shard: int):
+        """Downloads and unpacks a shard, if it is not in the cache. Tries again, after longer and longer pauses."""
+        from streaming.base.dataset import _ShardState
+        reader = self.dataset.shards[shard]
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self.dataset.prepare_shard(shard)
+            except Exception as error:
+                # Streaming leaves the shard marked as under way, which others would wait for for ever, and a file of
+                # the wrong content in its place, which the next attempt would take for good.
+                self.dataset._shard_states[shard] = _ShardState.REMOTE
+                for file in filter(None, (reader.raw_data, reader.zip_data)):
+                    (self.folder / file.basename).unlink(missing_ok=True)
+                _retry_or_raise(f"{self.path}/{self.name}/{(reader.zip_data or reader.raw_data).basename}", error, attempt)
+
 
 class TrainStream:
-    """The training split in the order of the run."""
+    """The training data in the order of the run."""
 
-    def __init__(self, config: Config):
-        self.split = Split(config, "train")
-        self.data = config.data
+    def __init__(self, config: Config, first_step: int = 0):
+        """first_step: the step that begins at the beginning of the data; not 0 where the data was changed on the way."""
+        self.data, self.first_step = config.data, first_step
         self.global_batch_size, self.micro_batch_size = config.train.global_batch_size, config.train.micro_batch_size
-        split = self.split
-        if self.global_batch_size % split.parts:
-            raise UserError(f"train.global_batch_size: {self.global_batch_size} sequences of {split.block_size} tokens "
-                            f"do not fill whole samples of {split.card['block_size']}; take a multiple of {split.parts}")
-        self.samples_per_step = self.global_batch_size // split.parts
-        self.steps_per_epoch = split.samples // self.samples_per_step
-        if not self.steps_per_epoch:
-            raise UserError(f"{split.path}: its train split has {split.samples * split.parts} sequences, fewer than one "
-                            f"step takes; lower train.global_batch_size from {self.global_batch_size}")
-        self.nodes = min(config.data.num_canonical_nodes, split.samples)
-        self.order = lru_cache(maxsize=2)(self._order)
+        self.splits = [Split(config, "train", source.path) for source in config.data.sources]
+        self.card, self.vocab_size, self.parts = self.splits[0].card, self.splits[0].vocab_size, self.splits[0].parts
+        for split in self.splits[1:]:
+            for what, field in (("block_size", lambda card: card["block_size"]),
+                                ("tokenizer", lambda card: card["tokenizer"]["fingerprint"][:16])):
+                if field(split.card) != field(self.card):
+                    raise UserError(f"{split.path}: its {what} is {field(split.card)}, that of {self.splits[0].path} is "
+                                    f"{field(self.card)}; the datasets of a mixture need the same one")
+        if self.global_batch_size % self.parts:
+            raise UserError(f"train.global_batch_size: {self.global_batch_size} sequences of {config.model.block_size} "
+                            f"tokens do not fill whole samples of {self.card['block_size']}; take a multiple of "
+                            f"{self.parts}")
+        self.block_size = config.model.block_size
+        self.samples_per_step = self.global_batch_size // self.parts
+        weights = np.array([source.proportion for source in config.data.sources])
+        self.proportions = weights / weights.sum()
+        self.first_sample = np.cumsum([0] + [split.samples for split in self.splits])  # samples are numbered through
+        for split, share in zip(self.splits, self.proportions):
+            if split.samples < self.samples_per_step * share:
+                raise UserError(f"{split.path}: its train split has {split.samples * self.parts} sequences, fewer than one "
+                                f"step takes; lower train.global_batch_size from {self.global_batch_size}")
+        self.deal = lru_cache(maxsize=2)(self._deal)
+
+    def epochs(self, steps: int) -> list[float]:
+        """How often each dataset is gone through in so many steps."""
+        return [steps * self.samples_per_step * share / split.samples
+                for split, share in zip(self.splits, self.proportions)]
 
     def identity(self) -> dict:
         """All that decides which sequences a step sees. A run is resumed only where this is unchanged."""
-        return {
-            "train index.json sha256": self.split.index_sha256,
-            "tokenizer fingerprint": self.split.card["tokenizer"]["fingerprint"],
-            "samples per epoch": self.split.samples,
+        several = {}
+        if len(self.splits) > 1:
+            several = {"data.mixture": self.data.mixture, "number of datasets": len(self.splits)}
+            for i, split in enumerate(self.splits):
+                several |= {f"data.train.{i} index.json sha256": split.index_sha256,
+                            f"data.train.{i} samples per epoch": split.samples,
+                            f"data.train.{i} proportion": float(self.proportions[i])}
+        else:
+            several = {"train index.json sha256": self.splits[0].index_sha256,
+                       "samples per epoch": self.splits[0].samples}
+        return several | {
+            "tokenizer fingerprint": self.card["tokenizer"]["fingerprint"],
             "data.num_canonical_nodes": self.data.num_canonical_nodes,
             "data.shuffle": self.data.shuffle,
             "data.shuffle_algo": self.data.shuffle_algo,
             "data.shuffle_seed": self.data.shuffle_seed,
             "data.shuffle_block_size": self.data.shuffle_block_size,
-            "model.block_size": self.split.block_size,
+            "model.block_size": self.block_size,
             "train.global_batch_size": self.global_batch_size,
         }
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The samples of an epoch in order, each once: (samples,) int64."""
-        from streaming.base.batching import generate_work
-        from streaming.base.world import World
-        alone = World(num_nodes=1, ranks_per_node=1, workers_per_rank=1, worker=0)
-        order = generate_work("random", self.split.dataset, alone, epoch, 0).flatten()
-        # Streaming deals samples to canonical nodes in contiguous runs, takes one of each in turn, and repeats the
-        # last sample of the shorter runs in the last row. A sample is to be seen once: drop the repetitions.
-        starts = np.arange(self.nodes + 1) * self.split.samples // self.nodes
-        rows = -(-self.split.samples // self.nodes)
-        last_row = np.arange(self.nodes)[np.diff(starts) == rows] + (rows - 1) * self.nodes
-        return np.concatenate([order[:(rows - 1) * self.nodes], order[last_row]])
+    def settings(self) -> dict:
+        """What a checkpoint keeps of the data: enough to know it again, and to find any step's samples later."""
+        return dict(identity=self.identity(), parts=self.parts, data=self.data.model_dump())
 
-    def sequences(self, step: int) -> np.ndarray:
-        """(global_batch_size, 2) of (sample, part): what optimizer step `step` (from 0) trains on.
+    def _deal(self, round: int) -> tuple[np.ndarray, np.ndarray]:
+        """The pattern of a mixture: (dataset of each of DEAL samples (DEAL,), how many of them before it are of it)."""
+        counts = np.diff(np.rint(np.cumsum([0, *self.proportions]) * DEAL).astype(np.int64))
+        dealt = np.repeat(np.arange(len(counts)), counts)
+        if self.data.mixture == "random":  # RandomState: numpy promises that it will draw the same for ever
+            dealt = np.random.RandomState([self.data.shuffle_seed, round]).permutation(dealt)
+        else:  # each dataset's samples at equal distances, so that any stretch holds all in proportion
+            place = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
+            dealt = dealt[np.argsort(place, kind="stable")]
+        before = np.empty(DEAL, np.int64)
+        for i in range(len(counts)):
+            before[dealt == i] = np.arange(counts[i]) + round * counts[i]
+        return dealt, before
+
+    def samples(self, step: int) -> np.ndarray:
+        """(samples_per_step,) of sample: what step `step` takes, numbered through all datasets.
 
         Neighbours come from the same canonical node, so that the consecutive ranks of a machine, which take
         consecutive pieces, read few shards.
         """
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        position = np.arange(self.samples_per_step) + step_in_epoch * self.samples_per_step
-        position = position[np.argsort(position % self.nodes, kind="stable")]
-        samples = self.order(epoch)[position]
-        parts = self.split.parts
-        return np.stack([np.repeat(samples, parts), np.tile(np.arange(parts), len(samples))], 1)
+        first, n = (step - self.first_step) * self.samples_per_step, self.samples_per_step
+        if len(self.splits) == 1:
+            samples, nodes = self.splits[0].take(first, n)
+            return samples[np.argsort(nodes, kind="stable")]
+        rounds, places = np.divmod(np.arange(first, first + n), DEAL)
+        parts = [[a[places[rounds == r]] for a in self.deal(int(r))] for r in np.unique(rounds)]
+        dealt, before = (np.concatenate(p) for p in zip(*parts))
+        found = []
+        for i, split in enumerate(self.splits):
+            its = before[dealt == i]  # consecutive numbers
+            samples, nodes = split.take(int(its[0]) if len(its) else 0, len(its))
+            found.append(samples[np.argsort(nodes, kind="stable")] + self.first_sample[i])
+        return np.concatenate(found)
+
+    def sequences(self, step: int) -> np.ndarray:
+        """(global_batch_size, 2) of (sample, part): what optimizer step `step` (from 0) trains on, in order."""
+        samples = self.samples(step)
+        return np.stack([np.repeat(samples, self.parts), np.tile(np.arange(self.parts), len(samples))], 1)
+
+    def fingerprint(self, step: int) -> str:
+        """Of the samples of a step: a checkpoint keeps that of the next, and finds out when it comes out another."""
+        return xxhash.xxh3_128(self.samples(step).astype("<i8").tobytes()).hexdigest()
+
+    def find(self, sample: int) -> tuple[Split, int]:
+        """(split, its own number of the sample)."""
+        i = int(np.searchsorted(self.first_sample, sample, "right")) - 1
+        return self.splits[i], sample - int(self.first_sample[i])
+
+    def read(self, sequences: np.ndarray) -> torch.Tensor:
+        """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64."""
+        which = np.searchsorted(self.first_sample, sequences[:, 0], "right") - 1
+        tokens = torch.empty(len(sequences), self.block_size + 1, dtype=torch.int64)
+        for i in np.unique(which).tolist():
+            tokens[torch.from_numpy(which == i)] = self.splits[i].read(sequences[which == i] - [self.first_sample[i], 0])
+        return tokens
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
         """This rank's share of a step: arrays (micro_batch_size, 2) of (sample, part)."""
@@ -196,22 +334,19 @@ class TrainStream:
         from torchdata.nodes import IterableWrapper, Mapper, ParallelMapper, PinMemory, Prefetcher
         node = IterableWrapper(m for step in range(first_step, last_step)
                                for m in self.micro_batches(step, rank, world_size))
-        if self.split.local is None:  # shards arrive while earlier ones are read
-            node = Prefetcher(ParallelMapper(node, _telling(self._download_shards), num_workers=4), prefetch_factor=64)
-        node = Prefetcher(Mapper(node, _telling(self.split.read)), prefetch_factor=8)
+        if any(split.remote for split in self.splits):  # shards arrive while earlier ones are read
+            node = Prefetcher(ParallelMapper(node, _telling(self._fetch), num_workers=4), prefetch_factor=64)
+        node = Prefetcher(Mapper(node, _telling(self.read)), prefetch_factor=8)
         if device.type == "cuda":
             node = PinMemory(node)
         node.reset()
         return map(_told, node)
 
-    def _download_shards(self, sequences: np.ndarray) -> np.ndarray:
-        dataset = self.split.dataset
-        for shard in {int(dataset.spanner[sample][0]) for sample in sequences[:, 0].tolist()}:
-            try:
-                dataset.prepare_shard(shard)
-            except Exception as error:
-                raise UserError(f"{self.split.path}/train/{dataset.shards[shard].raw_data.basename}: "
-                                f"cannot be fetched ({_one_line(error)})") from error
+    def _fetch(self, sequences: np.ndarray) -> np.ndarray:
+        for sample in np.unique(sequences[:, 0]).tolist():
+            split, number = self.find(sample)
+            if split.remote:
+                split.make_sure_of(int(np.searchsorted(split.shard_ends, number, "right")))
         return sequences
 
 
@@ -247,6 +382,7 @@ def _open(folder: Path, remote: str | None, split: str, config: Config):
         with mock.patch.object(internals, "get_shm_prefix", _shared_memory_prefix):
             return streaming.StreamingDataset(
                 remote=remote, local=str(folder), split=split, validate_hash="xxh64" if remote else None,
+                download_retry=1, download_timeout=TIMEOUT_S,  # _fetch tries again
                 cache_limit=config.data.cache_limit if remote else None, batch_size=1,
                 num_canonical_nodes=config.data.num_canonical_nodes, shuffle=config.data.shuffle,
                 shuffle_algo=config.data.shuffle_algo, shuffle_seed=config.data.shuffle_seed,
@@ -285,19 +421,62 @@ def _is_compressed(index: Path) -> bool:
 
 
 def _download(remote: str, local: Path):
+    """A small file of a remote dataset, each time anew: what was cached may be of another dataset."""
     import_streaming()
     from streaming.base.storage import CloudDownloader
+    problem = None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        aside = local.with_name(f".{local.name}.partial")
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                local.parent.mkdir(parents=True, exist_ok=True)
+                aside.unlink(missing_ok=True)
+                CloudDownloader.direct_download(remote, str(aside), TIMEOUT_S)
+                os.replace(aside, local)
+                break
+            except Exception as error:
+                try:
+                    _retry_or_raise(remote, error, attempt)
+                except UserError as final:
+                    problem = final
+                    with contextlib.suppress(OSError):
+                        os.removedirs(local.parent)  # what is empty
+                    break
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise next(filter(None, problems))
+
+
+def _retry_or_raise(what: str, error: Exception, attempt: int):
+    """After a failed download: waits, or raises UserError where another attempt cannot help or was the last."""
+    said = _one_line(error)
+    remedy = ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "; make room, set data.cache_limit, or move data.cache_dir"
+    elif not isinstance(error, (FileNotFoundError, PermissionError)) and "not found" not in said \
+            and not isinstance(error, (ImportError, TypeError, AttributeError, KeyError)) \
+            and "Unsupported" not in said and "redentials" not in said:
+        if attempt < ATTEMPTS:
+            print(f"warning: {what}: {said}; trying again ({attempt + 1} of {ATTEMPTS})", file=sys.stderr, flush=True)
+            time.sleep(2 ** (attempt - 2) * random.uniform(0.75, 1.25))
+            return
+        remedy = f", in {ATTEMPTS} attempts; once it answers, the same command goes on"
+    raise UserError(f"{what}: cannot be fetched ({said}){remedy}") from error
+
+
+def _xxh64(path: Path) -> str | None:
+    """None: there is no such file."""
+    digest = xxhash.xxh64()
     try:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            CloudDownloader.direct_download(remote, str(local))
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            os.removedirs(local.parent)  # what is empty
-        raise UserError(f"{remote}: cannot be fetched ({_one_line(error)})") from error
-    finally:
-        if dist.is_initialized():
-            dist.barrier()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except FileNotFoundError:
+        return None
+    return digest.hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,13 +6,15 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 launch/train.sh …   2 machines
 
 The same command starts a run and resumes it. In order: config checked -> process group -> data and checkpoint found
-to fit -> model sharded, initialised or loaded -> steps.
+to fit -> model sharded, initialised or loaded -> steps. SIGTERM or SIGUSR1: the step is finished and saved, status 75.
 """
 
 import gc
+import importlib.metadata
 import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,29 +22,33 @@ import torch.distributed as dist
 import yaml
 from torch.distributed.fsdp import FSDPModule
 
-from nanogpt import __version__, checkpoint, tokenizer
+from nanogpt import __version__, checkpoint, tokenizer, watch
 from nanogpt.config import Config
-from nanogpt.errors import UserError
+from nanogpt.errors import PeerLost, Stopped, UserError
 from nanogpt.loss import IGNORE
-from nanogpt.meter import Meter
+from nanogpt.meter import Meter, duration, loss_spikes
 from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.sharding import build
 from nanogpt.stream import Split, TrainStream
 
 
 def train(config: Config, device: torch.device) -> dict:
-    """Runs or resumes the run that config describes. Returns the last record of metrics.jsonl."""
+    """Runs or resumes the run that config describes. Returns the last record of metrics.jsonl.
+
+    Raises UserError where the run cannot go on, Stopped once it is saved because a signal asked for its end.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    guard = watch.Watch(config.run, device)
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
     stream = TrainStream(config)
-    splits = {"train": stream.split} | ({"val": Split(config, "val")} if "val" in stream.split.card["splits"] else {})
-    config = config.model_copy(update=dict(
-        model=config.model.model_copy(update=dict(vocab_size=stream.split.vocab_size))))
-    tok = tokenizer.from_json(stream.split.card["tokenizer"])
+    splits = {"train": stream.splits, "val": [Split(config, "val", s.path) for s in stream.splits if "val" in s.card["splits"]]}
+    config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(vocab_size=stream.vocab_size))))
+    tok = tokenizer.from_json(stream.card["tokenizer"])
     token_bytes = torch.from_numpy(tok.token_bytes()).to(device)
-    resumed, state = starting_point(config, stream.identity())
-    first_step = state["step"] if resumed else 0
+    take_run_folder(config, make=False)
+    resumed, state = starting_point(config, stream)
+    first_step = state["step"]
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
     model = build(config, device)
@@ -51,10 +57,8 @@ def train(config: Config, device: torch.device) -> dict:
         checkpoint.load(resumed, model, optimizer)
     elif config.run.init_from:
         load_weights(model, config, tok)
-    meter = Meter(config, device, world_size, model.flops_per_token(), writes=rank == 0)
-    if rank == 0:
-        prepare_run_folder(config)
-    dist.barrier()
+    take_run_folder(config, make=True)
+    meter = Meter(config, device, world_size, model.flops_per_token(), writes=rank == 0, state=state)
     meter.open(first_step)
     introduce(meter, config, stream, model, resumed, state)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
@@ -63,15 +67,17 @@ def train(config: Config, device: torch.device) -> dict:
     # ---- steps ------------------------------------------------------------------------------------------------------
     last_step, accumulation = config.max_steps, config.accumulation(world_size)
     sums_late = config.sharding.strategy in ("grad", "replicate")  # gradients stay whole until the last micro-batch
-    bad_step = torch.full((), -1, device=device)                   # the first step whose gradient was not finite
+    numbers = Numbers(config, state, device)
     batches = stream.batches(first_step, last_step, rank, world_size, device)
-    saved, record = True, {}
+    done, saved, saved_step, record, signal_name = first_step, True, first_step, {}, None
     gc.collect()
     gc.disable()  # a collection at a random moment on one rank is a wait for all: at log steps instead, on all at once
     meter.start(first_step)
     model.train()
 
     for step in range(first_step, last_step):
+        if signal_name := guard.asked_to_stop():
+            break
         if config.model.dropout:  # a function of the step too, so that nothing of it needs saving
             torch.manual_seed(hash((config.run.seed, step, rank)) & (2**63 - 1))
         lr = learning_rate(step, config)
@@ -79,9 +85,11 @@ def train(config: Config, device: torch.device) -> dict:
             group["lr"] = lr
 
         # The whole step's tokens are at hand before its first forward: each loss is divided by the count of all ranks.
+        guard.at(step + 1, "data")
         with meter.waiting_for_data():
             tokens = [next(batches).to(device, non_blocking=True) for _ in range(accumulation)]
         count = sum((t[:, 1:] != IGNORE).sum() for t in tokens)
+        guard.at(step + 1, "compute")
         if world_size > 1:
             dist.all_reduce(count)
         loss = torch.zeros((), device=device)
@@ -90,14 +98,16 @@ def train(config: Config, device: torch.device) -> dict:
             part = model(t[:, :-1], t[:, 1:]) / count
             part.backward()
             loss += part.detach()
-
-        # Clipping, and a guard: from the first gradient that is not finite, AdamW's kernel leaves everything as it is.
-        # The host learns of it when it next looks, and stops with weights that are good.
+            guard.at(step + 1, "compute")
+        reducing = dist.all_reduce(loss, async_op=True)
         norm = gradient_norm(model)
-        bad_step = torch.where((bad_step < 0) & ~norm.isfinite(), step, bad_step)
+        reducing.wait()
+
+        # What is not finite never reaches the weights: AdamW's kernel then leaves everything as it is. The host learns
+        # of it when it next looks.
+        optimizer.grad_scale, optimizer.found_inf = None, numbers.see(step, loss, norm)
         if config.optim.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.grad_clip, norm)
-        optimizer.grad_scale, optimizer.found_inf = None, (bad_step >= 0).float()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -106,28 +116,46 @@ def train(config: Config, device: torch.device) -> dict:
         evaluates = done == last_step or due(done, config.eval.interval)
         saves = done == last_step or due(done, config.checkpoint.interval)
         if evaluates or saves or done == first_step + 1 or due(done, config.log.interval):
-            dist.all_reduce(loss)
-            stop_if_not_finite(bad_step, loss, stream)                           # the host waits for the device here
-            record = meter.record(done, loss.item(), lr, norm.item())
+            record = meter.record(done, loss.item(), lr, norm.item())            # the host waits for the device here
+            guard.first = False
+            record |= numbers.look(done, stream, meter)
             with meter.not_training():
                 if evaluates:
-                    for name, split in splits.items():
-                        nats, bits_per_byte = evaluate(model, split, config, token_bytes, device)
-                        record |= {f"{name}_loss": nats, f"{name}_bits_per_byte": bits_per_byte}
+                    guard.at(done, "evaluation")
+                    for name in splits:
+                        if splits[name]:
+                            nats, bits = evaluate(model, splits[name], stream, config, token_bytes, device,
+                                                  lambda: guard.at(done, "evaluation"))
+                            record |= {f"{name}_loss": nats, f"{name}_bits_per_byte": bits}
                 meter.log(record)
                 if saves:
-                    saver.save(model, optimizer, run_state(config, done, stream, tok))
-                    if done == last_step:
-                        saved = saver.wait()
+                    guard.at(done, "checkpoint")
+                    saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter))
+                    saved_step = done
                 gc.collect(2 if saves else 1)
+                saver.tell()
+                warn_of_short_grace(meter, config, saver, record)
 
     # ---- end --------------------------------------------------------------------------------------------------------
     gc.enable()
+    if signal_name and done > saved_step:
+        numbers.look(done, stream, meter)
+        guard.at(done, "checkpoint")
+        saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter))
+    guard.at(done, "checkpoint")
+    saved = saver.wait()
+    guard.settle()
     if first_step >= last_step:
         meter.say(f"nothing to do: step {first_step} of {last_step} is done (a larger train.max_steps goes on)")
-    meter.close()
+    if signal_name and saved:
+        meter.say(f"stopped by {signal_name} after step {done} of {last_step}, and saved; the same command goes on")
+    lost = meter.close()
     if not saved:
         raise UserError(f"{config.run_dir}: the last checkpoint could not be saved; make room and run the command again")
+    if lost:
+        raise UserError(f"{config.run_dir}: metrics.jsonl and log.txt could not be written to their end ({lost})")
+    if signal_name:
+        raise Stopped
     return record
 
 
@@ -141,51 +169,122 @@ def gradient_norm(model) -> torch.Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def stop_if_not_finite(bad_step: torch.Tensor, loss: torch.Tensor, stream: TrainStream):
-    """Raises UserError naming the step and its samples if a gradient was not finite. No weight has changed since."""
-    step = bad_step.item()
-    if step < 0:
-        return
-    samples = sorted(set(stream.sequences(step)[:, 0].tolist()))
-    shown = ", ".join(map(str, samples[:16])) + (f", … ({len(samples)} in all)" if len(samples) > 16 else "")
-    raise UserError(f"step {step + 1}: loss or gradient is not finite (loss of the last step: {loss.item():g}); it was "
-                    f"not applied. Its samples: {shown}. The last checkpoint is good: try a lower optim.learning_rate")
+class Numbers:
+    """Losses and gradients that are not finite, or out of the ordinary: kept on the device until the host looks."""
+    RECENT = 128  # steps that a loss is compared with
+
+    def __init__(self, config: Config, state: dict, device):
+        """state: of the checkpoint; it knows the steps left out so far, and the last losses."""
+        self.skipped = list(state["skipped_steps"])
+        self.allowed = max(config.train.max_skipped_steps, len(self.skipped))
+        self.slots = torch.arange(self.allowed + 1, device=device)
+        self.bad_steps = torch.full((self.allowed + 1,), -1, device=device)  # the steps whose numbers were not finite
+        self.n_bad = torch.tensor(len(self.skipped), device=device)
+        self.losses = torch.full((self.RECENT + config.log.interval,), float("nan"), device=device)  # of step s at s % size
+        self.looked = state["step"]
+        for i, loss in enumerate(state["recent_losses"]):
+            step = state["step"] - len(state["recent_losses"]) + i
+            self.losses[step % len(self.losses)] = float("nan") if loss is None else loss
+
+    def see(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """1.0 if this step must not be applied, else 0.0; the same on all ranks. After one too many, none is."""
+        bad = ~(loss.isfinite() & norm.isfinite())
+        self.bad_steps = torch.where(bad & (self.slots == self.n_bad), step, self.bad_steps)
+        self.n_bad = self.n_bad + bad
+        self.losses[step % len(self.losses)] = loss
+        return (bad | (self.n_bad > self.allowed)).float()
+
+    def recent(self, done: int) -> list[float]:
+        """The losses of the last steps before `done`, oldest first."""
+        losses = self.losses.tolist()
+        return [losses[s % len(losses)] for s in range(max(0, done - len(losses)), done)]
+
+    def look(self, done: int, stream: TrainStream, meter: Meter) -> dict:
+        """What there is to tell of the steps since the last look. Raises UserError after one bad step too many."""
+        told = {}
+        n = int(self.n_bad)
+        steps = self.bad_steps.tolist()
+        if n > self.allowed:
+            step = steps[self.allowed]
+            raise UserError(f"step {step + 1}: loss or gradient is not finite (loss of step {done}: "
+                            f"{self.losses[(done - 1) % len(self.losses)].item():g}); it was not applied. "
+                            f"{samples_of(stream, step)}. The last checkpoint is good: try a lower optim.learning_rate, "
+                            f"or leave out such steps with --train.max_skipped_steps {self.allowed + 1}")
+        if new := steps[len(self.skipped):n]:
+            self.skipped += new
+            told["skipped_steps"] = [step + 1 for step in new]
+            for step in new:
+                meter.say(f"warning: step {step + 1}: loss or gradient is not finite; left out ({len(self.skipped)} of "
+                          f"{self.allowed} that may be). {samples_of(stream, step)}")
+        recent = self.recent(done)
+        if spikes := loss_spikes(recent, done - self.looked, self.RECENT):
+            told["loss_spikes"] = [done - len(recent) + i + 1 for i in spikes]
+            for i, step in zip(spikes, told["loss_spikes"]):
+                meter.say(f"spike at step {step}: loss {recent[i]:.4f}; python tools/inspect_mds.py --run "
+                          f"{meter.config.run_dir} --step {step} shows its text")
+        self.looked = done
+        return told
+
+
+def samples_of(stream: TrainStream, step: int) -> str:
+    samples = sorted(set(stream.samples(step).tolist()))
+    return "Its samples: " + ", ".join(map(str, samples[:16])) + (f", … ({len(samples)} in all)" if len(samples) > 16 else "")
 
 
 @torch.no_grad()
-def evaluate(model, split: Split, config: Config, token_bytes: torch.Tensor, device) -> tuple[float, float]:
-    """(mean loss in nats a token, bits a byte) over the first eval.sequences of a split, by all ranks together."""
+def evaluate(model, splits: list[Split], stream: TrainStream, config: Config, token_bytes: torch.Tensor, device,
+             alive) -> tuple[float, float]:
+    """(mean loss in nats a token, bits a byte) over the first eval.sequences of each split, by all ranks together.
+
+    Several splits, those of a mixture, count in its proportions. alive() is called once a batch.
+    """
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
-    for x, y in split.fixed_batches(config.eval.sequences, config.train.micro_batch_size,
-                                    dist.get_rank(), dist.get_world_size()):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        counts = y != IGNORE
-        sums += torch.stack([model(x, y).double(), counts.sum(), (token_bytes[y.clamp(min=0)] * counts).sum()])
+    sums = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    for i, split in enumerate(splits):
+        for x, y in split.fixed_batches(config.eval.sequences, config.train.micro_batch_size,
+                                        dist.get_rank(), dist.get_world_size()):
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            counts = y != IGNORE
+            sums[i] += torch.stack([model(x, y).double(), counts.sum(), (token_bytes[y.clamp(min=0)] * counts).sum()])
+            alive()
     for module in model.modules():  # without a backward, fully_shard would leave some weights whole
         if isinstance(module, FSDPModule):
             module.reshard()
     model.train()
     dist.all_reduce(sums)
-    nats, tokens, n_bytes = sums.tolist()
-    return nats / tokens, nats / max(1.0, n_bytes) / math.log(2)
+    shares = {split.path: share for split, share in zip(stream.splits, stream.proportions)}
+    weights = torch.tensor([shares[split.path] for split in splits], dtype=torch.float64)
+    nats, tokens, n_bytes = sums.cpu().T
+    loss, bytes_a_token = ((weights * of / tokens).sum().item() / weights.sum().item() for of in (nats, n_bytes))
+    return loss, loss / max(1e-9, bytes_a_token) / math.log(2)
+
+
+def warn_of_short_grace(meter: Meter, config: Config, saver, record: dict):
+    """Says, once, that a save takes longer than there is between SIGTERM and SIGKILL."""
+    needed = saver.seconds + 2 * record["step_time_s"]
+    if needed > config.run.grace_s and not saver.warned_of_grace:
+        saver.warned_of_grace = True
+        meter.say(f"warning: to finish a step and save takes {duration(needed)}, and SIGKILL follows SIGTERM after "
+                  f"{duration(config.run.grace_s)} (run.grace_s): a preemption would lose the steps since the last "
+                  f"checkpoint. Give more time (torchrun --shutdown-timeout, SLURM's --signal=USR1@SECONDS), or save "
+                  f"more often than every {config.checkpoint.interval} steps")
 
 
 # ---- before the first step ------------------------------------------------------------------------------------------
 
-def starting_point(config: Config, identity: dict) -> tuple[Path | None, dict | None]:
-    """(checkpoint to resume from, its state.json), or (None, None): start anew. Raises UserError on what does not fit.
+def starting_point(config: Config, stream: TrainStream) -> tuple[Path | None, dict]:
+    """(checkpoint to resume from, its state.json), or (None, the state of a new run). Tells the stream where it begins.
 
-    A damaged newest checkpoint is passed over, loudly, where an older one is whole.
+    A damaged newest checkpoint is passed over, loudly, where an older one is whole. Raises UserError on what does not fit.
     """
-    found = [checkpoint.complete_steps(config.run_dir / "checkpoints")]
+    found = [checkpoint.published(config.run_dir / "checkpoints")]
     dist.broadcast_object_list(found, src=0)  # a network file system may show other ranks another folder
     found = found[0]
     if config.run.resume == "never":
         if found:
             raise UserError(f"{config.run_dir}: has checkpoints, and run.resume is never; choose another run.name, "
                             "or remove the folder")
-        return None, None
+        return None, new_state(stream)
     if config.run.resume == "auto":
         candidates = found[::-1]
     else:
@@ -203,15 +302,51 @@ def starting_point(config: Config, identity: dict) -> tuple[Path | None, dict | 
             if i == len(candidates) - 1:
                 raise
             if dist.get_rank() == 0:
-                print(f"warning: {error}\nwarning: going on from {candidates[i + 1]} instead", file=sys.stderr, flush=True)
+                aside = checkpoint.put_aside(path)  # where it would count as the newest to keep
+                print(f"warning: {error}\nwarning: it is {aside} now; going on from {candidates[i + 1]} instead",
+                      file=sys.stderr, flush=True)
     else:
-        return None, None
-    different = [f"{path}: {key} is {identity[key]} now and was {state['data'].get(key)}: the samples would come in "
-                 "another order; take the old value, or start another run.name"
-                 for key in identity if state["data"].get(key) != identity[key]]
+        return None, new_state(stream)
+    now = state["data_history"][-1]
+    stream.first_step = now["from_step"]
+    different = {key: (now["identity"].get(key), value) for key, value in stream.identity().items()
+                 if now["identity"].get(key) != value}
+    different |= {key: (value, None) for key, value in now["identity"].items() if key not in stream.identity()}
+    if not different and stream.fingerprint(state["step"]) != state["next_samples"]:
+        libraries = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
+        different = {f"the order of step {state['step'] + 1}": (state["next_samples"], stream.fingerprint(state["step"])),
+                     f"with all settings the same: a library that shuffles otherwise, where it was {libraries}": ("", "")}
+    if different and not config.run.allow_data_change:
+        raise UserError("\n".join(
+            f"{path}: {key} is {value} now and was {was}: the samples would come in another order; take the old value, "
+            "start another run.name, or accept it with --run.allow_data_change true"
+            for key, (was, value) in different.items()))
     if different:
-        raise UserError("\n".join(different))
+        change_data(path, state, stream, different)
     return path, state
+
+
+def new_state(stream: TrainStream) -> dict:
+    """What state.json says of a run before its first step."""
+    return dict(step=0, tokens=0, data_history=[dict(from_step=0, tokens=0, **stream.settings())], skipped_steps=[],
+                recent_losses=[])
+
+
+def change_data(path: Path, state: dict, stream: TrainStream, different: dict):
+    """run.allow_data_change: the new data is read from its beginning. Says what that costs, and notes it in the state."""
+    was = state["data_history"][-1]
+    taken = (state["step"] - was["from_step"]) * was["identity"]["train.global_batch_size"] // was["parts"]
+    epoch = was["identity"].get("samples per epoch")
+    cost = f"{taken % epoch:,} of {epoch:,} samples" if epoch else f"up to {taken:,} samples"
+    if dist.get_rank() == 0:
+        for key, (before, now) in different.items():
+            print(f"warning: {path}: {key} was {before} and is {now} now", file=sys.stderr)
+        print(f"warning: the data changes after step {state['step']} and is read from its beginning: {cost} of the epoch "
+              "under way were trained on, and come again if they are in the new data too. From here on each sample comes "
+              "once an epoch; the checkpoints remember the change", file=sys.stderr, flush=True)
+    stream.first_step = state["step"]
+    state["data_history"].append(dict(from_step=state["step"], tokens=state["tokens"], **stream.settings(),
+                                      changed={key: list(values) for key, values in different.items()}))
 
 
 def load_weights(model, config: Config, tok):
@@ -225,41 +360,62 @@ def load_weights(model, config: Config, tok):
     checkpoint.load(path, model)
 
 
-def prepare_run_folder(config: Config):
-    folder = config.run_dir
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another run.dir") from None
+def take_run_folder(config: Config, make: bool):
+    """No other run may train in the folder from here on. make: it is made where it is missing, and config.yaml written.
+
+    Raises UserError, on all ranks, where another run is there, or nothing can be written.
+    """
+    folder, problem = config.run_dir, [None]
+    if dist.get_rank() == 0:
+        try:
+            if make:
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            if folder.is_dir():
+                watch.lock(folder)
+            if make:
+                aside = folder / ".config.yaml.partial"
+                aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+                os.replace(aside, folder / "config.yaml")
+        except UserError as error:
+            problem = [str(error)]
+        except OSError as error:
+            problem = [f"{folder}: cannot be written ({error.strerror}); choose another run.dir"]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise UserError(problem[0])
 
 
-def run_state(config: Config, step: int, stream: TrainStream, tok) -> dict:
+def run_state(config: Config, step: int, stream: TrainStream, tok, state: dict, numbers: Numbers, meter: Meter) -> dict:
     """state.json: what a checkpoint knows beside its tensors."""
-    return dict(step=step, tokens=step * config.tokens_per_step, config=config.model_dump(), data=stream.identity(),
-                tokenizer=tok.to_json(), world_size=dist.get_world_size(),
-                versions=dict(nanogpt=__version__, torch=torch.__version__, python=sys.version.split()[0]))
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "mosaicml-streaming", "numpy")}
+    return dict(step=step, tokens=meter.tokens(step), config=config.model_dump(), data_history=state["data_history"],
+                next_samples=stream.fingerprint(step), tokenizer=tok.to_json(), world_size=dist.get_world_size(),
+                skipped_steps=numbers.skipped,
+                recent_losses=[x if math.isfinite(x) else None for x in numbers.recent(step)[-numbers.RECENT:]],
+                versions=dict(nanogpt=__version__, python=sys.version.split()[0], **versions))
 
 
 def introduce(meter: Meter, config: Config, stream: TrainStream, model, resumed, state):
     """The run in a few lines."""
-    c, ranks, split = config, dist.get_world_size(), stream.split
+    c, ranks, epochs = config, dist.get_world_size(), stream.epochs(config.max_steps)
     device = torch.cuda.get_device_name(meter.device) if meter.device.type == "cuda" else \
         f"CPU, {torch.get_num_threads()} threads a rank"
     meter.say(f"model       {model.num_params() / 1e6:.2f}M parameters: {c.model.n_layer} layers, {c.model.n_head} heads, "
               f"width {c.model.n_embd}, block {c.model.block_size}, vocabulary {c.model.vocab_size} in "
               f"{model.transformer.wte.weight.size(0)} rows")
-    meter.say(f"data        {split.path}: {split.card['splits']['train']['tokens']:,} tokens, "
-              f"{stream.steps_per_epoch} steps an epoch, {split.card['tokenizer']['name']} tokenizer")
+    for split, share, passes in zip(stream.splits, stream.proportions, epochs):
+        part = f"{share:.1%} of a {c.data.mixture} mixture, " if len(epochs) > 1 else ""
+        meter.say(f"data        {split.path}: {part}{split.card['splits']['train']['tokens']:,} tokens, "
+                  f"{split.samples:,} samples, {passes:.3g} epochs, {split.card['tokenizer']['name']} tokenizer")
+        if "val" not in split.card["splits"]:
+            meter.say(f"warning: {split.path} has no val split: there is no validation loss of it")
     meter.say(f"batch       {c.train.global_batch_size} sequences = {ranks} ranks x {c.train.micro_batch_size} x "
               f"{c.accumulation(ranks)} accumulated; {c.tokens_per_step:,} tokens a step, {c.max_steps} steps, "
-              f"{c.max_steps * c.tokens_per_step / 1e6:.3g}M tokens, {c.max_steps / stream.steps_per_epoch:.3g} epochs")
+              f"{c.max_steps * c.tokens_per_step / 1e6:.3g}M tokens")
     meter.say(f"sharding    {c.sharding.strategy}, activation checkpointing {c.sharding.activation_checkpointing}, "
               f"{c.train.precision}, compile {'on' if c.train.compile else 'off'}")
     meter.say(f"device      {device}" + ("" if meter.peak else "; its peak FLOP/s is not known, so no MFU"))
     meter.say(f"run         {c.run_dir}" + (f", from {c.run.init_from}" if c.run.init_from and not resumed else ""))
-    if "val" not in split.card["splits"]:
-        meter.say(f"warning: {split.path} has no val split: there is no validation loss")
     if resumed:
         meter.say(f"resuming    {resumed}: step {state['step']} on {state['world_size']} -> {ranks} ranks")
         for key, (was, now) in changes(state["config"], c.model_dump()).items():
@@ -285,6 +441,7 @@ def init_process_group(config: Config) -> torch.device:
     if alone:  # streaming reads these too
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    patience = timedelta(seconds=config.run.first_timeout_s)  # watch.py is quicker, once the first step is done
     group = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
@@ -292,23 +449,37 @@ def init_process_group(config: Config) -> torch.device:
                             "torchrun with --nproc_per_node gpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **group)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=patience, **group)
     else:
         device = torch.device("cpu")
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))  # torchrun says 1
-        dist.init_process_group("gloo", **group)
+        dist.init_process_group("gloo", timeout=patience, **group)
     return device
 
 
 def start(config: Config) -> dict:
     """Process group, run, and out again. What launch/train.sh calls once the config is known to be good."""
+    watch.listen()
     device = init_process_group(config)
     try:
         record = train(config, device)
+    except Stopped:
+        dist.destroy_process_group()
+        raise
     except BrokenPipeError:  # `… | head`
         raise
-    except OSError as error:  # a full disk, another user's file
+    except OSError as error:  # another user's file, a disk that fails
         raise UserError(f"{error.filename or config.run_dir}: {error.strerror or error}; once that is mended, the same "
                         "command goes on from the last checkpoint") from error
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST):
+            raise
+        raise PeerLost(f"lost another rank ({' '.join(str(error).split())[:150]}); the same command goes on from the last "
+                       "checkpoint") from error
+    finally:
+        watch.end()
     dist.destroy_process_group()
     return record
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo/transport")

@@ -160,7 +160,7 @@ def test_another_format_is_refused_by_name(good, tmp_path):
     copy = shutil.copytree(good, tmp_path / "step-00000007")
     state = json.loads((copy / "state.json").read_text())
     (copy / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(UserError, match="its format is 99, this version reads 1"):
+    with pytest.raises(UserError, match="its format is 99, this version reads 2"):
         checkpoint.read_state(copy)
 
 

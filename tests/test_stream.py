@@ -32,17 +32,21 @@ def whole_text(dataset) -> np.ndarray:
     ["--data.shuffle=false"], ["--data.shuffle_block_size=50"]], ids=str)
 def test_each_sample_once_an_epoch_in_an_order_of_its_own(tmp_path, text_dataset, options):
     stream = TrainStream(make_config(tmp_path, text_dataset, *options))
-    n, steps = stream.split.samples, stream.steps_per_epoch
-    assert n % 12 and steps == n // 12  # an epoch does not divide: a remainder is left out
+    n = stream.splits[0].samples
+    assert n % 12  # an epoch does not divide into steps: the step at its end takes the beginning of the next
+    seen = np.concatenate([stream.samples(s) for s in range(3 * n // 12 + 1)])
     epochs = []
     for epoch in range(3):
-        seen = np.concatenate([stream.sequences(s)[:, 0] for s in range(epoch * steps, (epoch + 1) * steps)])
-        assert len(set(seen.tolist())) == len(seen) == steps * 12
-        assert sorted(stream.order(epoch).tolist()) == list(range(n))
-        epochs.append(seen.tolist())
+        order = stream.splits[0].order(epoch).tolist()
+        assert sorted(order) == list(range(n))
+        # Within a step, samples lie in another order than in the epoch: whole steps are the same sets.
+        first, last = -(-epoch * n // 12), (epoch + 1) * n // 12
+        assert sorted(seen[first * 12:last * 12]) == sorted(order[first * 12 - epoch * n:last * 12 - epoch * n])
+        epochs.append(order)
+    counts = np.bincount(seen, minlength=n)
+    assert counts.min() >= 3 and counts.sum() == len(seen)  # three whole epochs, and the beginning of a fourth
     if stream.data.shuffle:
         assert epochs[0] != epochs[1] != epochs[2]
-        assert set(epochs[0]) != set(epochs[1])  # another remainder each time
 
 
 def test_order_of_streaming_itself(tmp_path, text_dataset):
@@ -54,7 +58,7 @@ def test_order_of_streaming_itself(tmp_path, text_dataset):
         local=str(text_dataset), split="train", batch_size=1, num_canonical_nodes=1, shuffle=True, shuffle_algo="py1e",
         shuffle_seed=config.data.shuffle_seed, shuffle_block_size=config.data.shuffle_block_size)
     theirs = np.stack([sample["tokens"] for sample in dataset])
-    ours = stream.split.read(np.stack([stream.order(0), np.zeros_like(stream.order(0))], 1))
+    ours = stream.read(np.stack([stream.splits[0].order(0), np.zeros_like(stream.splits[0].order(0))], 1))
     assert np.array_equal(theirs, ours.numpy())
 
 
@@ -62,7 +66,7 @@ def test_order_of_streaming_itself(tmp_path, text_dataset):
 @pytest.mark.parametrize("micro", [1, 2])
 def test_any_ranks_and_micro_batches_share_the_same_step(tmp_path, text_dataset, world_size, micro):
     stream = TrainStream(make_config(tmp_path, text_dataset, f"--train.micro_batch_size={micro}"))
-    for step in (0, 5, stream.steps_per_epoch, 10_000):
+    for step in (0, 5, stream.splits[0].samples // 12, 10_000):  # the third is at the end of the first epoch
         shares = [np.concatenate(stream.micro_batches(step, rank, world_size)) for rank in range(world_size)]
         assert np.array_equal(np.concatenate(shares), stream.sequences(step))
 
@@ -71,7 +75,7 @@ def test_batches_hold_the_text_and_start_anywhere(tmp_path, text_dataset):
     """Through the reading threads: tokens are those of the text at the place that the sample's number says."""
     text = whole_text(text_dataset)
     stream = TrainStream(make_config(tmp_path, text_dataset))
-    first = stream.steps_per_epoch - 2  # across the end of an epoch
+    first = stream.splits[0].samples // 12 - 2  # across the end of an epoch
     batches = list(stream.batches(first, first + 4, 1, 3, torch.device("cpu")))
     expected = [m for step in range(first, first + 4) for m in stream.micro_batches(step, 1, 3)]
     assert len(batches) == len(expected) == 4 * 2
@@ -85,14 +89,14 @@ def test_a_shorter_block_takes_the_same_samples_in_parts(tmp_path, text_dataset)
     stream = TrainStream(make_config(tmp_path, text_dataset, "--model.block_size=16", "--train.global_batch_size=24"))
     sequences = stream.sequences(3)
     assert sequences.shape == (24, 2) and len(set(map(tuple, sequences.tolist()))) == 24
-    for row, (sample, part) in zip(stream.split.read(sequences).numpy(), sequences):
+    for row, (sample, part) in zip(stream.read(sequences).numpy(), sequences):
         start = sample * 64 + part * 16
         assert np.array_equal(row, text[start:start + 17])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5])
 def test_evaluation_counts_each_sequence_once_on_any_number_of_ranks(tmp_path, text_dataset, world_size):
-    split = Split(make_config(tmp_path, text_dataset), "val")
+    split = Split(make_config(tmp_path, text_dataset), "val", str(text_dataset))
     n = split.samples - 3
     rows, batches = [], set()
     for rank in range(world_size):
@@ -119,6 +123,79 @@ def test_compressed_shards_are_read_and_left_as_they_are(tmp_path, text_dataset)
     assert sorted(p.name for p in (tmp_path / "zstd" / "train").iterdir()) == before
 
 
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def three(text_dataset, tmp_path_factory):
+    """Three datasets of one text: whole, a part with shifted windows (stride below the block), and a small one."""
+    folder = tmp_path_factory.mktemp("three")
+    text = (text_dataset.parent / "text.txt").read_text()
+    (folder / "b.txt").write_text(text[5000:20000])
+    convert(folder / "b.txt", folder / "b", "--stride", "24")
+    (folder / "c.txt").write_text(text[:3000])
+    convert(folder / "c.txt", folder / "c")
+    return [text_dataset, folder / "b", folder / "c"]
+
+
+def mixed(tmp_path, three, *options):
+    file = tmp_path / "mixed.yaml"
+    sources = ", ".join(f"{{path: {path}, proportion: {share}}}" for path, share in zip(three, (6, 3, 1)))
+    file.write_text(f"data: {{train: [{sources}]}}\nmodel: {{block_size: 64}}\nrun: {{dir: {tmp_path}/run}}\n"
+                    "train: {max_steps: 100, global_batch_size: 24, micro_batch_size: 2}")
+    return TrainStream(load_config([str(file), *options]))
+
+
+@pytest.mark.parametrize("method", ["random", "stratified"])
+def test_each_dataset_of_a_mixture_goes_through_its_own_epochs(tmp_path, three, method):
+    """Each sample once before any comes again, in the dataset's own order, in the proportions asked for."""
+    stream = mixed(tmp_path, three, f"--data.mixture={method}")
+    steps = 3000  # 72,000 samples: past the end of a round of the pattern
+    taken = np.stack([stream.samples(s) for s in range(steps)])
+    for i, share in enumerate((0.6, 0.3, 0.1)):
+        n, first = stream.splits[i].samples, stream.first_sample[i]
+        mine = (taken >= first) & (taken < first + n)
+        per_step = mine.sum(1)
+        assert per_step.sum() == pytest.approx(share * taken.size, abs=60)
+        if method == "stratified":
+            assert abs(per_step - share * 24).max() <= 2
+        else:
+            assert per_step.std() == pytest.approx((24 * share * (1 - share)) ** 0.5, rel=0.1)  # binomial
+        # The samples of a step lie together: hold whole epochs of the dataset against its order, step by step.
+        order = np.concatenate([stream.splits[i].order(e) for e in range(per_step.sum() // n + 1)]) + first
+        ends = np.cumsum(per_step)
+        for s in range(0, steps, 7):
+            assert sorted(taken[s][mine[s]]) == sorted(order[ends[s] - per_step[s]:ends[s]])
+        counts = np.bincount(taken[mine] - first, minlength=n)
+        assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("method", ["random", "stratified"])
+def test_a_mixture_does_not_depend_on_ranks_nor_on_where_one_begins(tmp_path, three, method):
+    whole = mixed(tmp_path, three, f"--data.mixture={method}")
+    for step in (0, 1, 2730, 2731, 100_000):  # a round of the pattern ends in step 2730
+        late = mixed(tmp_path, three, f"--data.mixture={method}", "--train.micro_batch_size=1")
+        expected = whole.sequences(step)
+        for world_size in (1, 2, 3, 12):
+            shares = [np.concatenate(late.micro_batches(step, rank, world_size)) for rank in range(world_size)]
+            assert np.array_equal(np.concatenate(shares), expected)
+    texts = [np.frombuffer((path.parent / name).read_bytes(), np.uint8)
+             for path, name in zip(three, ("text.txt", "b.txt", "c.txt"))]
+    batch = next(whole.batches(2730, 2731, 1, 2, torch.device("cpu")))
+    for row, (sample, _) in zip(batch.numpy(), whole.micro_batches(2730, 1, 2)[0]):
+        split, number = whole.find(int(sample))
+        start = number * split.card["splits"]["train"]["stride"]
+        assert np.array_equal(row, texts[whole.splits.index(split)][start:start + 65])
+
+
+def test_a_mixture_needs_one_tokenizer_and_one_block(tmp_path, three):
+    convert(three[1].parent / "b.txt", tmp_path / "char", "--tokenizer", "char")
+    with pytest.raises(UserError, match="char: its tokenizer is .* the datasets of a mixture need the same one"):
+        mixed(tmp_path, [three[0], tmp_path / "char", three[2]])
+    convert(three[1].parent / "b.txt", tmp_path / "long", "--block-size", "128")
+    with pytest.raises(UserError, match="long: its block_size is 128"):
+        mixed(tmp_path, [three[0], tmp_path / "long", three[2]])
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 def damaged(tmp_path, dataset):
@@ -143,16 +220,30 @@ def test_missing_and_truncated_shards_are_named(tmp_path, text_dataset):
         TrainStream(make_config(tmp_path, copy))
 
 
-def test_an_id_out_of_the_vocabulary_is_named(tmp_path, text_dataset, monkeypatch):
-    monkeypatch.setattr(stream_module, "HASHED_AT_START", 0)  # a dataset too large to be hashed at each start
+def test_a_shard_of_a_large_dataset_is_hashed_before_its_first_use(tmp_path, text_dataset, monkeypatch):
+    monkeypatch.setattr(stream_module, "HASHED_AT_START", 0)  # too large to be hashed at each start
     copy = damaged(tmp_path, text_dataset)
+    shard = next((copy / "train").glob("*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    stream = TrainStream(make_config(tmp_path, copy))
+    with pytest.raises(UserError, match=f"{shard.name}: has changed since it was written"):
+        next(stream.batches(0, 5, 0, 1, torch.device("cpu")))
+
+
+def test_an_id_out_of_the_vocabulary_is_named(tmp_path, text_dataset):
+    copy = damaged(tmp_path, text_dataset)
+    index = json.loads((copy / "train" / "index.json").read_text())
+    index["shards"][0]["raw_data"]["hashes"] = {}  # made elsewhere
+    (copy / "train" / "index.json").write_text(json.dumps(index))
     shard = next((copy / "train").glob("*.mds"))
     content = bytearray(shard.read_bytes())
     content[-2:] = b"\xff\xff"
     shard.write_bytes(content)
     stream = TrainStream(make_config(tmp_path, copy))
-    with pytest.raises(UserError, match=f"{shard.name}: sample {stream.split.samples - 1} holds id 65535"):
-        list(stream.batches(0, stream.steps_per_epoch + 2, 0, 1, torch.device("cpu")))
+    with pytest.raises(UserError, match=f"{shard.name}: sample {stream.splits[0].samples - 1} holds id 65535"):
+        list(stream.batches(0, stream.splits[0].samples // 12 + 2, 0, 1, torch.device("cpu")))
 
 
 def test_dataset_json_and_config_must_fit(tmp_path, text_dataset):
