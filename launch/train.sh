@@ -13,12 +13,15 @@ python=$(command -v python3 || command -v python)
 exec "$python" "$root/launch/train.sh" "$@"
 ":"""
 
+import atexit
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -112,4 +115,17 @@ def tell_torchrun(line: str):
 
 
 if __name__ == "__main__":
-    run(one_voice)
+    try:
+        run(one_voice)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # Threads that read ahead, or listen, may be within C++ code, where the interpreter's own end would abort the process.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # `… | head`
+            stream.flush()
+    os._exit(status)

@@ -10,17 +10,20 @@ A folder without a manifest that fits is not a checkpoint. Any number of ranks a
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
 import threading
 import time
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, with the errors of all ranks
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
@@ -68,6 +71,10 @@ class Saver:
         self.published = threading.Event()           # rank 0: the publishing of the last save has ended
         self.failure, self.told = None, False
         self.seconds, self.warned_of_grace = 0.0, False  # what the last save took until it was published
+        if dist.get_rank() == 0:  # what a killed run left behind
+            for pattern in (".step-*.partial", ".step-*.deleted"):
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path, ignore_errors=True)
 
     def save(self, model, optimizer, state: dict):
         """Saves as step-STEP. Returns when weights and state may change again; `wait` tells whether it worked."""
@@ -101,10 +108,9 @@ class Saver:
         try:
             self.failure = self.failure or error
             if dist.get_rank() == 0 and self.failure is None:
-                files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": _hash(p)} for p in sorted(partial.iterdir())}
-                _write(partial / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
-                if final.exists():  # a step saved before, after which the run was resumed from an older one
-                    shutil.rmtree(final)
+                write_manifest(partial)
+                if final.exists():  # a step that an earlier run has saved too
+                    os.rename(final, final.with_name(f".{final.name}.deleted"))
                 os.rename(partial, final)
                 _sync(self.folder)
                 self._retain()
@@ -152,7 +158,15 @@ def _reason(error: BaseException) -> str:
     """The first rank's error, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    said = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {said if said.isprintable() else ascii(said)}"
+
+
+def write_manifest(folder: Path):
+    """Size and hash of every file of a checkpoint."""
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": _hash(p)} for p in sorted(folder.iterdir())
+             if p.name != "manifest.json"}
+    _write(folder / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
@@ -160,12 +174,12 @@ def _reason(error: BaseException) -> str:
 def step_of(path: Path) -> int:
     """Its step: from the folder's name, or where somebody gave it another name, from state.json."""
     digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else read_state(path)["step"]
+    return int(digits) if digits.isdecimal() else read_state(path)["step"]
 
 
 def published(folder: Path) -> list[Path]:
     """Checkpoints of RUN/checkpoints, oldest first; those too which have lost their manifest since."""
-    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), key=step_of)
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdecimal()), key=step_of)
 
 
 def complete_steps(folder: Path) -> list[Path]:
@@ -184,9 +198,12 @@ def put_aside(path: Path) -> Path:
 def find(path: str | Path) -> Path:
     """A checkpoint folder from one, or from a run folder: then its newest complete one. Raises UserError."""
     path = Path(path)
-    if (path / "manifest.json").exists():
-        return path
-    steps = complete_steps(path / "checkpoints")
+    try:
+        if (path / "manifest.json").exists():
+            return path
+        steps = complete_steps(path / "checkpoints")
+    except OSError as error:  # a folder of others, a name that is too long
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not steps:
         raise UserError(f"{path}: no complete checkpoint there; give a run folder or one of its checkpoints/step-…")
     return steps[-1]
@@ -198,20 +215,22 @@ def verify(path: Path):
     problem = None
     try:
         files = read_json(path / "manifest.json")["files"]
+        if unlisted := {"state.json", ".metadata", *(p.name for p in path.glob("*.distcp"))} - files.keys():
+            raise UserError(f"{path}/manifest.json: does not list {min(unlisted)}")
         for name, expected in sorted(files.items())[rank::world]:
             file = path / name
-            if Path(name).name != name:
-                raise UserError(f"{path}/manifest.json: {name!r} is not a file of this folder")
+            if Path(name).name != name or name in ("", ".."):
+                raise UserError(f"{path}/manifest.json: {name!r:.60} is not a file of this folder")
             if not file.exists():
                 raise UserError(f"{file}: is missing")
             if file.stat().st_size != expected["bytes"]:
-                raise UserError(f"{file}: has {file.stat().st_size} of {expected['bytes']} bytes")
+                raise UserError(f"{file}: has {file.stat().st_size} of {expected['bytes']!r:.20} bytes")
             if _hash(file) != expected["xxh3_128"]:
                 raise UserError(f"{file}: its content has changed since it was written")
     except UserError as error:
         problem = str(error)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{path}/manifest.json: damaged ({type(error).__name__}: {error})"
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"{path}/manifest.json: damaged ({_reason(error)})"
     problems = [problem]
     if world > 1:
         problems = [None] * world
@@ -221,27 +240,80 @@ def verify(path: Path):
         raise UserError(f"{problem}; choose another checkpoint, or remove {path}")
 
 
-STATE = dict(step=int, tokens=int, config=dict, data_history=list, next_samples=str, tokenizer=dict, world_size=int,
-             skipped_steps=list, recent_losses=list, versions=dict)
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+Step = Annotated[int, Field(ge=0, lt=1 << 40)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
+Text = Annotated[str, Field(max_length=2000, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")]  # what may be shown in a line
+
+
+class Identity(_Strict):
+    """What train.py computes with, of all that decides which sequences a step sees."""
+    __pydantic_extra__: dict[Text, Text | int | float | bool]
+    model_config = ConfigDict(extra="allow")
+    global_batch_size: Positive = Field(alias="train.global_batch_size")
+    block_size: Positive = Field(alias="model.block_size")
+    samples_per_epoch: Positive | None = Field(None, alias="samples per epoch")
+
+
+class Era(_Strict):
+    """Steps on the same data, from from_step on."""
+    from_step: Step
+    tokens: int
+    identity: Identity
+    parts: Positive
+    data: dict[str, Any]
+
+
+class TokenizerName(_Strict):
+    name: Text
+    fingerprint: Text
+
+
+class State(_Strict):
+    """state.json, as train.py writes it."""
+    step: Step
+    tokens: int
+    config: dict[Text, dict[Text, Text | int | float | bool | list | None]]
+    data_history: list[Era] = Field(min_length=1)
+    next_samples: Text
+    tokenizer: TokenizerName
+    world_size: Positive
+    skipped_steps: list[Step]
+    recent_losses: list[Annotated[float, Field(ge=-3e38, le=3e38)] | None]
+    versions: dict[Text, Text]
+
+    @model_validator(mode="after")
+    def _agrees(self):
+        era = self.data_history[-1]
+        if era.from_step > self.step or len(self.recent_losses) > self.step or self.tokens != \
+                era.tokens + (self.step - era.from_step) * era.identity.global_batch_size * era.identity.block_size:
+            raise ValueError("its steps, tokens and losses contradict each other")
+        return self
 
 
 def read_state(path: Path) -> dict:
     """state.json of a checkpoint. Raises UserError where it is damaged or of another format."""
     state = read_json(path / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{path}/state.json: its format is {found}, this version reads {FORMAT}; go on with the version "
+        found = state.get("format") if isinstance(state, dict) else type(state)
+        raise UserError(f"{path}/state.json: its format is {found!r:.60}, this version reads {FORMAT}; go on with the version "
                         "that wrote it, or start another run.name")
-    for key, kind in STATE.items():
-        if type(state.get(key)) is not kind:
-            raise UserError(f"{path}/state.json: {key} is {state.get(key)!r:.60}, no {kind.__name__}: damaged")
+    try:
+        state["recent_losses"] = State.model_validate(state).recent_losses  # floats, where JSON has whole numbers too
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"{key}: " for key in map(str, first["loc"]) if key.isprintable())
+        raise UserError(f"{path}/state.json: {where}{first['msg']}: damaged") from None
     return state
 
 
 def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
 
 
@@ -250,9 +322,18 @@ def read_json(path: Path):
 def load(path: Path, model, optimizer=None):
     """Fills model, and optimizer where one is given, from a verified checkpoint of any number of ranks and strategy."""
     wanted = tensors(model, optimizer)
+    reader = fitting_reader(path, wanted, ("model.", "optim.") if optimizer else ("model.",))
+    try:
+        # Without a process group (sampling) DCP loads alone.
+        dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise UserError(f"{path}: cannot be loaded ({_reason(error).split('. ')[0]})") from error
+
+
+def fitting_reader(path: Path, wanted: dict[str, torch.Tensor], prefixes=("model.",)) -> "SafeReader":
+    """For a checkpoint that has just the wanted tensors, of those whose names begin so. Raises UserError otherwise."""
     reader = SafeReader(path)
     stored = reader.read_metadata().state_dict_metadata
-    prefixes = ("model.", "optim.") if optimizer else ("model.",)
     different = {k for k in stored if k.startswith(prefixes)} ^ set(wanted)
     different |= {k for k in wanted.keys() & stored.keys() if stored[k].size != wanted[k].shape}
     if different:
@@ -260,29 +341,46 @@ def load(path: Path, model, optimizer=None):
         sizes = [str(tuple(t)) if t is not None else "absent" for t in
                  (stored[name].size if name in stored else None, wanted[name].shape if name in wanted else None)]
         raise UserError(f"{path}: does not fit this model: {name} is {sizes[0]} there and {sizes[1]} here")
-    # Without a process group (sampling) DCP loads alone.
-    dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    return reader
 
 
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader, but for its index: a pickle, here read through a list of what may be in it."""
+    metadata = None
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
+        if self.metadata is not None:
+            return self.metadata
         file = Path(self.path) / ".metadata"
         try:
             metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
-            entries = metadata.state_dict_metadata
-            # No asserts: `python -O` would leave them out. DCP would follow an index that points out of the folder.
-            if not (isinstance(metadata, Metadata) and all(isinstance(e, TensorStorageMetadata) for e in entries.values())
-                    and all(Path(i.relative_path).name == i.relative_path for i in metadata.storage_data.values())):
+            # No asserts: `python -O` would leave them out. DCP would follow an index that points out of the folder, and
+            # leave what it says nothing of as it was.
+            if not (isinstance(metadata, Metadata) and all(map(_is_whole, metadata.state_dict_metadata.items()))
+                    and all(map(_is_within, metadata.storage_data.values()))):
                 raise ValueError("entries that are no tensors, or files of another folder")
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
         except UserError:
             raise
         except Exception as error:  # a damaged pickle can raise anything
-            raise UserError(f"{file}: not an index of tensors ({type(error).__name__}: {error})") from None
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+            raise UserError(f"{file}: not an index of tensors ({_reason(error)})") from None
+        self.metadata = metadata
         return metadata
+
+
+def _is_whole(item) -> bool:
+    """name -> a tensor, and chunks that lie within it and have as many elements."""
+    name, tensor = item
+    return (type(name) is str and name.isprintable() and isinstance(tensor, TensorStorageMetadata) and isinstance(tensor.size, torch.Size)
+            and all(len(c.offsets) == len(c.sizes) == len(tensor.size) for c in tensor.chunks)
+            and all(0 <= at <= at + n <= end for c in tensor.chunks for at, n, end in zip(c.offsets, c.sizes, tensor.size))
+            and sum(math.prod(c.sizes) for c in tensor.chunks) == math.prod(tensor.size))
+
+
+def _is_within(place) -> bool:
+    """A file of this folder, as it is."""
+    name = place.relative_path
+    return type(name) is str and Path(name).name == name and name not in ("", "..") and not place.transform_descriptors
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -300,7 +398,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise UserError(f".metadata: names {module}.{name}, which no checkpoint of ours holds; it is refused unread")
+        raise UserError(f".metadata: names {module + '.' + name!r:.100}, which no checkpoint of ours holds; it is refused unread")
 
 
 def _hash(path: Path) -> str:

@@ -6,8 +6,10 @@ A YAML file states what differs from the defaults below, or from the file that i
 command line come last. All problems are found together, before a process group, a dataset or a model exists.
 """
 
+import collections
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,11 +19,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from nanogpt.errors import UserError
 
 NoSwitch = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)  # YAML's `yes` is no 1
-Positive = Annotated[int, Field(gt=0), NoSwitch]
-Count = Annotated[int, Field(ge=0), NoSwitch]
+Positive = Annotated[int, Field(gt=0, lt=1 << 63), NoSwitch]
+Count = Annotated[int, Field(ge=0, lt=1 << 63), NoSwitch]
+Size = Annotated[int, Field(gt=0, le=1 << 20), NoSwitch]  # of what is made: beyond, a slip of the pen fills the memory
 Seed = Annotated[int, Field(ge=0, lt=1 << 32), NoSwitch]
 Fraction = Annotated[float, Field(ge=0, lt=1), NoSwitch]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), NoSwitch]
+Seconds = Annotated[float, Field(gt=0, le=1e9), NoSwitch]
+ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what no name or path of a run should hold
 
 
 class Section(BaseModel):
@@ -40,9 +45,9 @@ class Run(Section):
                                     "is read from its beginning")
     grace_s: Amount = Field(30, description="seconds between SIGTERM or SIGUSR1 and SIGKILL: torchrun's 30, or those of "
                             "your cluster; a save that would not fit is told beforehand")
-    timeout_s: Annotated[float, Field(gt=0), NoSwitch] = Field(
+    timeout_s: Seconds = Field(
         120, description="seconds without progress after which a run is ended: a rank hangs, or a link is cut")
-    first_timeout_s: Annotated[float, Field(gt=0), NoSwitch] = Field(
+    first_timeout_s: Seconds = Field(
         1800, description="the same until the end of the first step, which compiles, and while a checkpoint is saved")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one, else the CPU")
 
@@ -50,7 +55,7 @@ class Run(Section):
 class Source(Section):
     """One dataset of a mixture."""
     path: str = Field(description="dataset folder or URL")
-    proportion: Annotated[float, Field(gt=0, allow_inf_nan=False), NoSwitch] = Field(1.0, description="its share of the samples")
+    proportion: Annotated[float, Field(gt=0, le=1e9), NoSwitch] = Field(1.0, description="its share of the samples")
 
 
 class Data(Section):
@@ -62,7 +67,7 @@ class Data(Section):
                                                      "stratified: every step holds them in proportion")
     cache_dir: str | None = Field(None, description="where shards of a URL are kept (default: RUN_DIR/cache)")
     cache_limit: str | None = Field(None, description="room for cached shards, as 200gb (default: no limit)")
-    num_canonical_nodes: Positive = Field(8, description="parts of the order, dealt to nodes: keep it ≥ nodes")
+    num_canonical_nodes: Size = Field(8, description="parts of the order, dealt to nodes: keep it ≥ nodes")
     shuffle: bool = Field(True, description="a new order each epoch; off: the order of the dataset")
     shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = Field("py1e", description="as in streaming")
     shuffle_seed: Seed = Field(9176, description="seed of the order")
@@ -76,10 +81,10 @@ class Data(Section):
 
 class Model(Section):
     """The GPT. The defaults are those of GPT-2 124M."""
-    n_layer: Positive = Field(12, description="blocks")
-    n_head: Positive = Field(12, description="attention heads")
-    n_embd: Positive = Field(768, description="width; a multiple of n_head")
-    block_size: Positive = Field(1024, description="context in tokens; that of the dataset, or a divisor of it")
+    n_layer: Size = Field(12, description="blocks")
+    n_head: Size = Field(12, description="attention heads")
+    n_embd: Size = Field(768, description="width; a multiple of n_head")
+    block_size: Size = Field(1024, description="context in tokens; that of the dataset, or a divisor of it")
     vocab_size: Positive | None = Field(None, description="ids (default: from the dataset's tokenizer)")
     dropout: Fraction = Field(0.0, description="on embeddings, attention and residual branches")
     bias: bool = Field(True, description="biases in Linear and LayerNorm, as in GPT-2; off is a little better and faster")
@@ -111,8 +116,9 @@ class Train(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
     compile: bool = Field(True, description="torch.compile, block by block")
-    max_skipped_steps: Count = Field(0, description="steps of the whole run that may be left out because their loss or "
-                                     "gradient is not finite; one more stops it")
+    max_skipped_steps: Annotated[int, Field(ge=0, le=1 << 20), NoSwitch] = Field(
+        0, description="steps of the whole run that may be left out because their loss or gradient is not finite; one "
+        "more stops it")
 
 
 class Eval(Section):
@@ -126,7 +132,7 @@ class Sharding(Section):
     strategy: Literal["full", "grad", "hybrid", "replicate"] = Field(
         "full", description="full: all sharded; grad: weights kept whole between forward and backward; "
         "hybrid: full within a group of shard_size ranks, replicas across groups; replicate: everything on every rank")
-    shard_size: Positive | None = Field(None, description="ranks of a hybrid group (default: those of one node)")
+    shard_size: Size | None = Field(None, description="ranks of a hybrid group (default: those of one node)")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute activations in backward: full: all of a block; selective: all but its matmuls")
     cpu_offload: bool = Field(False, description="keep weights and optimizer state in host memory")
@@ -142,7 +148,7 @@ class Checkpoint(Section):
 
 class Log(Section):
     """What is told, and to whom. metrics.jsonl and log.txt in the run folder are always written."""
-    interval: Positive = Field(10, description="steps between log lines; only then does the host wait for the device")
+    interval: Size = Field(10, description="steps between log lines; only then does the host wait for the device")
     wandb: Literal["off", "online", "offline"] = Field("off", description="Weights & Biases; the key comes from its login")
     wandb_project: str = "nanogpt"
 
@@ -183,6 +189,16 @@ def load_config(argv: list[str], world_size: int = 1, local_world_size: int = 1)
 
     Raises UserError with one line for each problem, naming the file or the option.
     """
+    try:
+        return _load(argv, world_size, local_world_size)
+    except UserError as error:
+        raise UserError(_hidden(str(error))) from None
+
+
+def _load(argv: list[str], world_size: int, local_world_size: int) -> Config:
+    for arg in argv:
+        if len(arg) > 2000 or ODD.search(arg):
+            raise UserError(f"{_shown(arg)}: is longer than 2000 characters, or holds control characters")
     files = [a for i, a in enumerate(argv) if not a.startswith("--") and (i == 0 or not _takes_value(argv[i - 1]))]
     if len(files) != 1:
         found = f"found {', '.join(files)}" if files else "found none; configs/ has some"
@@ -203,7 +219,10 @@ def load_config(argv: list[str], world_size: int = 1, local_world_size: int = 1)
             wrong.add(key)
             problems.append(f"{_where(key, origin)}: {_explain(e, key)}")
         # The rest is checked with defaults in the place of what is wrong, so that everything is told at once.
-        config = Config.model_validate(_without(values, wrong))
+        try:
+            config = Config.model_validate(_without(values, wrong))
+        except ValidationError:  # what is wrong stands in a list
+            raise UserError("\n".join(problems)) from None
     for keys, message in _contradictions(config, world_size, local_world_size):
         if not any(k == w or k.startswith(w + ".") for k in keys for w in wrong):
             problems.append(f"{_where(keys[0], origin)}: {message}")
@@ -220,7 +239,7 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
     if c.data.path is not None and c.data.train is not None:
         yield ["data.path", "data.train"], "path is for one dataset, train for several: take out one of the two"
     for source in c.data.sources if c.data.path or c.data.train else []:
-        if "@" in source.path.partition("://")[2].partition("/")[0]:
+        if re.search("://[^/]*(@|:(?!\\d+(/|$)))", source.path):  # user@host, user:secret with a slash, but not host:9000
             yield ["data.path", "data.train"], "a URL with a password would be copied into logs and checkpoints; " \
                   "credentials come from the environment"
     if c.model.n_embd % c.model.n_head:
@@ -253,17 +272,24 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
 
 def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
     """(nested values, {key: file that set it}) of a config and of those it is based on."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: its base leads back to itself")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
+        text = path.read_text(encoding="utf-8")
+        if path.resolve() in seen:
+            raise UserError(f"{path}: its base leads back to itself")
+        values = yaml.load(text, Loader=_Loader) or {}
+    except UserError:
+        raise
     except OSError as error:
-        others = os.listdir(path.parent) if path.parent.is_dir() and not path.exists() else []
+        others = os.listdir(path.parent) if isinstance(error, FileNotFoundError) and os.access(path.parent, os.R_OK) else []
         near = difflib.get_close_matches(path.name, others, 1)
         raise UserError(f"{path}: {error.strerror.lower()}"
                         + (f"; did you mean {path.parent / near[0]}?" if near else "")) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except yaml.MarkedYAMLError as error:  # without the line itself, which may hold half of a password
+        said = ", ".join(filter(None, (error.context, error.problem)))
+        raise UserError(f"{path}: not valid YAML: {said} (line {error.problem_mark.line + 1})") from None
+    except Exception as error:  # `!!int ''` is an IndexError, `2001-99-99` a ValueError …
+        kind = "" if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: "
+        raise UserError(f"{path}: not valid YAML: {kind}{' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected sections like `train:`, found {type(values).__name__}")
     base = values.pop("base", None)
@@ -271,7 +297,7 @@ def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
     if base is None:
         return values, origin
     if not isinstance(base, str):
-        raise UserError(f"{path}: base must be the name of a file beside it, found {base!r}")
+        raise UserError(f"{path}: base must be the name of a file beside it, found {_shown(base)}")
     below, below_origin = _read_yaml(path.parent / base, (*seen, path.resolve()))
     return _merge(below, values), below_origin | origin
 
@@ -284,10 +310,17 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"alias *{self.peek_event().anchor}: write it out, or use base:")
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and (len(value) > 2000 or ODD.search(value)):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {_shown(value)} is longer than 2000 characters, or "
+                                 "holds control characters")
+        return value
+
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
+        keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key in keys:
-            if keys.count(key) > 1:
+            if keys[key] > 1:
                 raise yaml.YAMLError(f"{key!r} stands twice, the second time on line {node.start_mark.line + 1} or below")
         return super().construct_mapping(node, deep)
 
@@ -339,14 +372,24 @@ def _without(values: dict, wrong: set, prefix: str = "") -> dict:
 
 def _where(key: str, origin: dict) -> str:
     """`configs/x.yaml: optim.learning_rate`, `--optim.learning_rate`, or the bare key where only its default stands."""
-    place = origin.get(key)
+    place = origin.get(key, origin.get(re.sub(r"\.\d+\b.*", "", key)))  # data.train.0.path stands in data.train
     return key if place is None else place if place.startswith("--") else f"{place}: {key}"
+
+
+def _hidden(text: str) -> str:
+    """Without the passwords of URLs."""
+    return re.sub(r":/\S*@", "://…@", text)  # a Path has one slash
+
+
+def _shown(value) -> str:
+    shown = _hidden(repr(value))
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
 def _explain(error: dict, key: str) -> str:
     if error["type"] != "extra_forbidden":
         given = error["input"]
-        return error["msg"][0].lower() + error["msg"][1:] + ("" if isinstance(given, dict) else f" (found {given!r})")
+        return error["msg"][0].lower() + error["msg"][1:] + ("" if isinstance(given, dict) else f" (found {_shown(given)})")
     known = [".".join(k) for k in _keys(Config().model_dump())]
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     near = near or [k for k in known if k.endswith("." + key.split(".")[-1])]  # nanoGPT's flat names

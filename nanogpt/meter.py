@@ -52,12 +52,17 @@ class Meter:
         """Tokens trained on in the first `step` steps."""
         return self.era["tokens"] + (step - self.era["from_step"]) * self.config.tokens_per_step
 
-    def open(self, first_step: int):
-        """Opens the run folder's files, and takes back what was logged past first_step (the run goes on from there)."""
+    def open(self, first_step: int, warnings: list[str]):
+        """Opens the run folder's files, and takes back what was logged past first_step (the run goes on from there).
+
+        warnings: what was told before there was a log.
+        """
         if self.writes:
             folder = self.config.run_dir
             take_back(folder / "metrics.jsonl", first_step)
             self.metrics, self.text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
+            for line in warnings:
+                self._write(self.text, f"warning: {line}")
             self._open_wandb(folder)
         self.start(first_step)
 

@@ -280,7 +280,7 @@ def load_dataset_card(folder) -> dict:
                         f"{folder}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); convert the text again") from None
 
     def check(obj, where, **fields):
@@ -304,3 +304,40 @@ def load_dataset_card(folder) -> dict:
         if card[field] not in allowed:
             raise UserError(f"{path}: {field} is {card[field]!r:.60}; convert the text again")
     return card
+
+
+def load_index(file: Path, card: dict, split: str, path: str | None = None) -> list[dict]:
+    """The shards that a split's index.json lists, all that is said of them checked before streaming acts on it.
+
+    It would follow a name out of the folder, delete a shard that is compressed by name alone, and decode any column.
+    UserError names the file, or where it came from: path.
+    """
+    path = path or file
+    wanted = dict(version=2, format="mds", column_names=["tokens"],
+                  column_encodings=[f"ndarray:{card['dtype']}:{card['block_size'] + 1}"],
+                  column_sizes=[(card["block_size"] + 1) * np.dtype(card["dtype"]).itemsize])
+    samples = card["splits"][split]["samples"]
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        for shard in index["shards"]:
+            for key, value in wanted.items():
+                if shard[key] != value:
+                    raise ValueError(f"{key} is {shard[key]!r:.60}, and {value!r} by dataset.json")
+            if type(shard["samples"]) is not int or shard["samples"] < 1 or type(shard["size_limit"]) not in (int, type(None)) \
+                    or (shard["compression"] is None) != (shard["zip_data"] is None):
+                raise ValueError("samples, size_limit or compression are of the wrong kind")
+            for file in filter(None, (shard["raw_data"], shard["zip_data"])):
+                name = file["basename"]
+                if Path(name).name != name or name in ("", "..") or not name.isprintable():
+                    raise ValueError(f"{name!r:.60} is no file of its folder")
+                if type(file["bytes"]) is not int or not all(type(value) is str for value in file["hashes"].values()):
+                    raise ValueError(f"bytes or hashes of {name!r:.60} are of the wrong kind")
+        if (found := sum(shard["samples"] for shard in index["shards"])) != samples or index["version"] != 2:
+            raise ValueError(f"it holds {found} samples, and {samples} by dataset.json")
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; copy it again, or convert the text again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again, or convert the text again") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: is damaged ({error}); copy it again, or convert the text again") from None
+    return index["shards"]

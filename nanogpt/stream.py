@@ -8,33 +8,22 @@ nothing of the loader is saved, and resuming at step 100,000 costs what resuming
 A mixture deals the samples of a step to its datasets by a fixed pattern; each goes through its own endless order.
 """
 
-import contextlib
-import errno
 import hashlib
-import json
-import os
-import random
-import secrets
-import sys
-import time
 from functools import lru_cache
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import xxhash
 
+from nanogpt.cache import damage, download, is_compressed, one_line, open_dataset
 from nanogpt.config import Config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
-from nanogpt.shards import import_streaming, load_dataset_card
-
+from nanogpt.shards import load_dataset_card
 
 HASHED_AT_START = 1 << 30  # bytes of a split; the shards of a larger one are hashed as they are first read
 DEAL = 1 << 16             # samples after which the pattern of a mixture begins anew: proportions are rounded to 1/DEAL
-ATTEMPTS, TIMEOUT_S = 6, 20  # of a download; from one attempt to the next 0.5, 1, 2, 4, 8 s
 
 
 class Split:
@@ -44,11 +33,11 @@ class Split:
         """Raises UserError where the split is missing, damaged or does not fit the config."""
         self.name, self.path = name, path
         # Compressed shards are unpacked into a cache too, wherever they are: a dataset folder stays as it is.
-        self.remote = "://" in path or _is_compressed(Path(path) / name / "index.json")
+        self.remote = "://" in path or is_compressed(Path(path) / name / "index.json")
         root = Path(path)
         if self.remote:
             root = Path(config.data.cache_dir or config.run_dir / "cache") / hashlib.sha256(path.encode()).hexdigest()[:12]
-            _download(f"{path}/dataset.json", root / "dataset.json")
+            download(f"{path}/dataset.json", root / "dataset.json")
         self.card = load_dataset_card(root)
         if name not in self.card["splits"]:
             raise UserError(f"{path}: has no {name} split; convert again, with --val-fraction above 0")
@@ -64,8 +53,8 @@ class Split:
         self.parts = stored // self.block_size  # sequences in a sample
         self.folder = root / name
         if self.remote:
-            _download(f"{path}/{name}/index.json", self.folder / "index.json")
-        self.dataset = _open(root, path if self.remote else None, name, config)
+            download(f"{path}/{name}/index.json", self.folder / "index.json")
+        self.dataset = open_dataset(root, path if self.remote else None, name, config)
         column = f"ndarray:{self.card['dtype']}:{stored + 1}"
         for shard in self.dataset.shards:
             if shard.column_encodings != [column]:
@@ -109,16 +98,19 @@ class Split:
     def read(self, sequences: np.ndarray) -> torch.Tensor:
         """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64."""
         T = self.block_size
-        for shard in np.unique(np.searchsorted(self.shard_ends, sequences[:, 0], "right")).tolist():
+        tokens = np.empty((len(sequences), T + 1), np.int64)
+        shards = np.searchsorted(self.shard_ends, sequences[:, 0], "right")
+        for shard in np.unique(shards).tolist():
             self.make_sure_of(shard)
-        rows = []
-        for sample, part in sequences.tolist():
-            try:
-                rows.append(self.dataset.get_item(sample)["tokens"][part * T:part * T + T + 1])
-            except Exception as error:  # streaming raises a different one for each kind of damage
-                raise UserError(f"{self.shard_of(sample)}: sample {sample} cannot be read ({_one_line(error)}); "
-                                f"tools/inspect_mds.py {self.path} --verify finds damaged shards") from error
-        tokens = np.stack(rows).astype(np.int64)
+            for row in np.flatnonzero(shards == shard):
+                sample, part = sequences[row].tolist()
+                try:
+                    tokens[row] = self.dataset.get_item(sample)["tokens"][part * T:part * T + T + 1]
+                except UserError:  # evicted since, and not to be fetched again
+                    raise
+                except Exception as error:  # streaming raises a different one for each kind of damage
+                    raise UserError(f"{self.shard_of(sample)}: sample {sample} cannot be read ({one_line(error)}); "
+                                    f"tools/inspect_mds.py {self.path} --verify finds damaged shards") from error
         if tokens.max() >= self.vocab_size:
             row = int((tokens.max(1) >= self.vocab_size).argmax())
             sample = int(sequences[row, 0])
@@ -152,58 +144,29 @@ class Split:
     def _check_files(self):
         """A local shard that is missing, cut short or changed is found now, not in the middle of the night."""
         small = sum(shard.raw_data.bytes for shard in self.dataset.shards) <= HASHED_AT_START
-        for i, shard in enumerate(self.dataset.shards):
-            path, size = self.folder / shard.raw_data.basename, shard.raw_data.bytes
-            there = path.stat().st_size if path.exists() else None
-            if there != size:
-                found = "is missing" if there is None else f"has {there} of {size} bytes"
-                raise UserError(f"{path}: {found}; copy it again, or convert the text again")
-            if small:
-                self.make_sure_of(i)
+        for shard in range(len(self.dataset.shards)):
+            self.make_sure_of(shard, hashed=small)
 
-    def make_sure_of(self, shard: int):
+    def make_sure_of(self, shard: int, hashed: bool = True):
         """A shard is there and holds what was written: fetched where need be, hashed once before its first use.
 
         A damaged one in the cache is thrown away and fetched again. Raises UserError where that does not help.
         """
-        if shard in self.known_whole:
-            return
         info = self.dataset.shards[shard].raw_data
-        path, expected = self.folder / info.basename, info.hashes.get("xxh64")
-        if not self.remote:
-            found = _xxh64(path)
-            if found is None or expected and found != expected:
-                raise UserError(f"{path}: {'is missing' if found is None else 'has changed since it was written'}; "
-                                "copy it again, or convert the text again")
-        else:
-            from filelock import FileLock
-            self._fetch(shard)
-            if expected and _xxh64(path) != expected:
-                with FileLock(f"{path}.lock"):  # the ranks of a machine share the cache
-                    if (found := _xxh64(path)) != expected:
-                        if found is not None:
-                            print(f"warning: {path}: damaged in the cache; fetched again", file=sys.stderr, flush=True)
-                        path.unlink(missing_ok=True)
-                        self._fetch(shard)
-                        if _xxh64(path) != expected:
-                            raise UserError(f"{self.path}/{self.name}/{info.basename}: has changed since it was written, "
-                                            "in the remote place too; copy it there again, or convert the text again")
-        self.known_whole.add(shard)
-
-    def _fetch(self, shard: int):
-        """Downloads and unpacks a shard, if it is not in the cache. Tries again, after longer and longer pauses."""
-        from streaming.base.dataset import _ShardState
-        reader = self.dataset.shards[shard]
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return self.dataset.prepare_shard(shard)
-            except Exception as error:
-                # Streaming leaves the shard marked as under way, which others would wait for for ever, and a file of
-                # the wrong content in its place, which the next attempt would take for good.
-                self.dataset._shard_states[shard] = _ShardState.REMOTE
-                for file in filter(None, (reader.raw_data, reader.zip_data)):
-                    (self.folder / file.basename).unlink(missing_ok=True)
-                _retry_or_raise(f"{self.path}/{self.name}/{(reader.zip_data or reader.raw_data).basename}", error, attempt)
+        path = self.folder / info.basename
+        try:
+            while self.remote and not path.exists():  # again where another rank failed to fetch it, or has evicted it
+                self.dataset.prepare_shard(shard)
+            if shard in self.known_whole:
+                return
+            if problem := damage(path, info, hashed):
+                if not self.remote:
+                    raise UserError(f"{path}: {problem}; copy it again, or convert the text again")
+                self.dataset.replace_shard(shard)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read or replaced ({one_line(error)})") from error
+        if hashed:
+            self.known_whole.add(shard)
 
 
 class TrainStream:
@@ -366,118 +329,3 @@ def _told(result):
     if isinstance(result, UserError):
         raise result
     return result
-
-
-# ---- opening a StreamingDataset -------------------------------------------------------------------------------------
-
-def _open(folder: Path, remote: str | None, split: str, config: Config):
-    """StreamingDataset over folder/split, or over remote/split with folder as its cache."""
-    index = folder / split / "index.json"
-    if remote is None and not index.exists():
-        raise UserError(f"{index}: is missing; copy it again, or convert the text again")
-    _check_shared_memory()
-    streaming = import_streaming()
-    import streaming.base.dataset as internals
-    try:
-        with mock.patch.object(internals, "get_shm_prefix", _shared_memory_prefix):
-            return streaming.StreamingDataset(
-                remote=remote, local=str(folder), split=split, validate_hash="xxh64" if remote else None,
-                download_retry=1, download_timeout=TIMEOUT_S,  # _fetch tries again
-                cache_limit=config.data.cache_limit if remote else None, batch_size=1,
-                num_canonical_nodes=config.data.num_canonical_nodes, shuffle=config.data.shuffle,
-                shuffle_algo=config.data.shuffle_algo, shuffle_seed=config.data.shuffle_seed,
-                shuffle_block_size=config.data.shuffle_block_size)
-    except Exception as error:
-        raise UserError(f"{index if remote is None else remote}: cannot be opened ({_one_line(error)})") from error
-
-
-def _shared_memory_prefix(*_):
-    """Names for what the ranks of a machine share about a dataset: a number that no other run has drawn.
-
-    Streaming's own search takes the first that looks free. Runs that start in the same moment find the same one, and
-    what a killed run left behind, or another that just ended, makes it stumble again and again (FileExistsError).
-    """
-    number = [secrets.randbelow(10**9)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(number, src=0)
-    return number[0], None
-
-
-def _check_shared_memory(needed: int = 1 << 20):
-    """StreamingDataset keeps the state of shards in /dev/shm; writing to a full one kills a process without a word."""
-    if os.path.isdir("/dev/shm"):
-        room = os.statvfs("/dev/shm")
-        free = room.f_bavail * room.f_frsize
-        if free < needed:
-            raise UserError(f"/dev/shm: {free >> 10} KiB are free, {needed >> 10} are needed; enlarge it "
-                            "(mount -o remount,size=1g /dev/shm, docker run --shm-size 1g) or remove what dead runs left")
-
-
-def _is_compressed(index: Path) -> bool:
-    try:
-        return any(shard["zip_data"] for shard in json.loads(index.read_text())["shards"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # what is wrong with it is told when it is opened
-
-
-def _download(remote: str, local: Path):
-    """A small file of a remote dataset, each time anew: what was cached may be of another dataset."""
-    import_streaming()
-    from streaming.base.storage import CloudDownloader
-    problem = None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        aside = local.with_name(f".{local.name}.partial")
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                local.parent.mkdir(parents=True, exist_ok=True)
-                aside.unlink(missing_ok=True)
-                CloudDownloader.direct_download(remote, str(aside), TIMEOUT_S)
-                os.replace(aside, local)
-                break
-            except Exception as error:
-                try:
-                    _retry_or_raise(remote, error, attempt)
-                except UserError as final:
-                    problem = final
-                    with contextlib.suppress(OSError):
-                        os.removedirs(local.parent)  # what is empty
-                    break
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if any(problems):
-        raise next(filter(None, problems))
-
-
-def _retry_or_raise(what: str, error: Exception, attempt: int):
-    """After a failed download: waits, or raises UserError where another attempt cannot help or was the last."""
-    said = _one_line(error)
-    remedy = ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        remedy = "; make room, set data.cache_limit, or move data.cache_dir"
-    elif not isinstance(error, (FileNotFoundError, PermissionError)) and "not found" not in said \
-            and not isinstance(error, (ImportError, TypeError, AttributeError, KeyError)) \
-            and "Unsupported" not in said and "redentials" not in said:
-        if attempt < ATTEMPTS:
-            print(f"warning: {what}: {said}; trying again ({attempt + 1} of {ATTEMPTS})", file=sys.stderr, flush=True)
-            time.sleep(2 ** (attempt - 2) * random.uniform(0.75, 1.25))
-            return
-        remedy = f", in {ATTEMPTS} attempts; once it answers, the same command goes on"
-    raise UserError(f"{what}: cannot be fetched ({said}){remedy}") from error
-
-
-def _xxh64(path: Path) -> str | None:
-    """None: there is no such file."""
-    digest = xxhash.xxh64()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    except FileNotFoundError:
-        return None
-    return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -170,7 +170,7 @@ def from_name(name: str, texts: Iterable[str] = ()) -> Tokenizer:
 def from_json(obj: dict) -> Tokenizer:
     """The tokenizer that `to_json` described. UserError: not such a description, or no longer the same tokenizer."""
     name = obj.get("name") if isinstance(obj, dict) else None
-    where = f"the stored tokenizer {name!r}"
+    where = f"the stored tokenizer {name!r:.60}"
     try:
         if "alphabet" in obj:
             if obj["alphabet"] != "".join(sorted(set(obj["alphabet"]))):
@@ -185,7 +185,7 @@ def from_json(obj: dict) -> Tokenizer:
             raise ValueError("there is no tokenizer of that name")
         for key in ("name", "vocab_size", "eot", "fingerprint"):
             if obj[key] != (ours := getattr(tokenizer, key)):
-                raise ValueError(f"its {key} is {obj[key]!r}, and should be {ours!r}")
+                raise ValueError(f"its {key} is {obj[key]!r:.80}, and should be {ours!r:.80}")
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{where} is not what was written ({error}); convert the data again") from None
     return tokenizer

@@ -14,7 +14,6 @@ import importlib.metadata
 import math
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,8 +25,9 @@ from nanogpt import __version__, checkpoint, tokenizer, watch
 from nanogpt.config import Config
 from nanogpt.errors import PeerLost, Stopped, UserError
 from nanogpt.loss import IGNORE
-from nanogpt.meter import Meter, duration, loss_spikes
+from nanogpt.meter import Meter, loss_spikes
 from nanogpt.optim import learning_rate, make_optimizer
+from nanogpt.ranks import init_process_group
 from nanogpt.sharding import build
 from nanogpt.stream import Split, TrainStream
 
@@ -47,7 +47,8 @@ def train(config: Config, device: torch.device) -> dict:
     tok = tokenizer.from_json(stream.card["tokenizer"])
     token_bytes = torch.from_numpy(tok.token_bytes()).to(device)
     take_run_folder(config, make=False)
-    resumed, state = starting_point(config, stream)
+    warnings = []
+    resumed, state = starting_point(config, stream, warnings)
     first_step = state["step"]
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def train(config: Config, device: torch.device) -> dict:
         load_weights(model, config, tok)
     take_run_folder(config, make=True)
     meter = Meter(config, device, world_size, model.flops_per_token(), writes=rank == 0, state=state)
-    meter.open(first_step)
+    meter.open(first_step, warnings)
     introduce(meter, config, stream, model, resumed, state)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
                              config.checkpoint.async_save, warn=meter.say)
@@ -262,17 +263,17 @@ def evaluate(model, splits: list[Split], stream: TrainStream, config: Config, to
 def warn_of_short_grace(meter: Meter, config: Config, saver, record: dict):
     """Says, once, that a save takes longer than there is between SIGTERM and SIGKILL."""
     needed = saver.seconds + 2 * record["step_time_s"]
-    if needed > config.run.grace_s and not saver.warned_of_grace:
+    if saver.seconds and needed > config.run.grace_s and not saver.warned_of_grace:
         saver.warned_of_grace = True
-        meter.say(f"warning: to finish a step and save takes {duration(needed)}, and SIGKILL follows SIGTERM after "
-                  f"{duration(config.run.grace_s)} (run.grace_s): a preemption would lose the steps since the last "
+        meter.say(f"warning: to finish a step and save takes {needed:.1f} s, and SIGKILL follows SIGTERM after "
+                  f"{config.run.grace_s:g} s (run.grace_s): a preemption would lose the steps since the last "
                   f"checkpoint. Give more time (torchrun --shutdown-timeout, SLURM's --signal=USR1@SECONDS), or save "
                   f"more often than every {config.checkpoint.interval} steps")
 
 
 # ---- before the first step ------------------------------------------------------------------------------------------
 
-def starting_point(config: Config, stream: TrainStream) -> tuple[Path | None, dict]:
+def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> tuple[Path | None, dict]:
     """(checkpoint to resume from, its state.json), or (None, the state of a new run). Tells the stream where it begins.
 
     A damaged newest checkpoint is passed over, loudly, where an older one is whole. Raises UserError on what does not fit.
@@ -302,9 +303,8 @@ def starting_point(config: Config, stream: TrainStream) -> tuple[Path | None, di
             if i == len(candidates) - 1:
                 raise
             if dist.get_rank() == 0:
-                aside = checkpoint.put_aside(path)  # where it would count as the newest to keep
-                print(f"warning: {error}\nwarning: it is {aside} now; going on from {candidates[i + 1]} instead",
-                      file=sys.stderr, flush=True)
+                aside = checkpoint.put_aside(path)  # it would count as the newest, to be kept in the place of a good one
+                warn(warnings, f"{error}", f"it is {aside.name} now; going on from {candidates[i + 1]} instead")
     else:
         return None, new_state(stream)
     now = state["data_history"][-1]
@@ -322,8 +322,15 @@ def starting_point(config: Config, stream: TrainStream) -> tuple[Path | None, di
             "start another run.name, or accept it with --run.allow_data_change true"
             for key, (was, value) in different.items()))
     if different:
-        change_data(path, state, stream, different)
+        change_data(path, state, stream, different, warnings)
     return path, state
+
+
+def warn(warnings: list[str], *lines: str):
+    """Told at once, and in log.txt as soon as there is one."""
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    warnings += lines
 
 
 def new_state(stream: TrainStream) -> dict:
@@ -332,18 +339,17 @@ def new_state(stream: TrainStream) -> dict:
                 recent_losses=[])
 
 
-def change_data(path: Path, state: dict, stream: TrainStream, different: dict):
+def change_data(path: Path, state: dict, stream: TrainStream, different: dict, warnings: list[str]):
     """run.allow_data_change: the new data is read from its beginning. Says what that costs, and notes it in the state."""
     was = state["data_history"][-1]
     taken = (state["step"] - was["from_step"]) * was["identity"]["train.global_batch_size"] // was["parts"]
     epoch = was["identity"].get("samples per epoch")
     cost = f"{taken % epoch:,} of {epoch:,} samples" if epoch else f"up to {taken:,} samples"
     if dist.get_rank() == 0:
-        for key, (before, now) in different.items():
-            print(f"warning: {path}: {key} was {before} and is {now} now", file=sys.stderr)
-        print(f"warning: the data changes after step {state['step']} and is read from its beginning: {cost} of the epoch "
-              "under way were trained on, and come again if they are in the new data too. From here on each sample comes "
-              "once an epoch; the checkpoints remember the change", file=sys.stderr, flush=True)
+        warn(warnings, *(f"{path}: {key} was {before} and is {now} now" for key, (before, now) in different.items()),
+             f"the data changes after step {state['step']} and is read from its beginning: {cost} of the epoch under way "
+             "were trained on, and come again if they are in the new data too. From here on each sample comes once an "
+             "epoch; the checkpoints remember the change")
     stream.first_step = state["step"]
     state["data_history"].append(dict(from_step=state["step"], tokens=state["tokens"], **stream.settings(),
                                       changed={key: list(values) for key, values in different.items()}))
@@ -429,38 +435,12 @@ def changes(was: dict, now: dict) -> dict:
             if was.get(section, {}).get(key) != value}
 
 
-# ---- process group --------------------------------------------------------------------------------------------------
-
-def init_process_group(config: Config) -> torch.device:
-    """Joins the ranks that torchrun started, or makes a group of one. Returns this rank's device."""
-    use_cuda = torch.cuda.is_available() if config.run.device == "auto" else config.run.device == "cuda"
-    if use_cuda and not torch.cuda.is_available():
-        raise UserError("run.device: cuda is asked for, and PyTorch finds none here; leave it at auto, or install a "
-                        "CUDA build of torch")
-    alone = "RANK" not in os.environ
-    if alone:  # streaming reads these too
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    patience = timedelta(seconds=config.run.first_timeout_s)  # watch.py is quicker, once the first step is done
-    group = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
-    if use_cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"{local_world_size} ranks on this machine, and {torch.cuda.device_count()} GPUs: start "
-                            "torchrun with --nproc_per_node gpu")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=patience, **group)
-    else:
-        device = torch.device("cpu")
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))  # torchrun says 1
-        dist.init_process_group("gloo", timeout=patience, **group)
-    return device
-
+# ---- in and out -----------------------------------------------------------------------------------------------------
 
 def start(config: Config) -> dict:
     """Process group, run, and out again. What launch/train.sh calls once the config is known to be good."""
+    device = init_process_group(config)  # a rank that waits here for one that has died is still ended by SIGTERM
     watch.listen()
-    device = init_process_group(config)
     try:
         record = train(config, device)
     except Stopped:

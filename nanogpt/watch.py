@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanogpt import ranks
 from nanogpt.config import Run
-from nanogpt.errors import UserError
+from nanogpt.errors import Stopped, UserError
 
 PHASES = ("start", "data", "compute", "evaluation", "checkpoint")  # of a step, in order
 BEAT_S = 2.0
@@ -73,9 +74,8 @@ class Watch:
         self.vote, self.votes = torch.zeros(1, dtype=torch.int32), None
         self.store = None
         if self.world_size > 1:
-            self.store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                timeout=timedelta(seconds=10)))
+            self.store = dist.PrefixStore(f"{ranks.meeting} watch", ranks.connect())
+            self.store.set_timeout(timedelta(seconds=10))
         watching.append(self)
         self.ended = threading.Event()
         self.ear, self.mouth = os.pipe()  # signals reach the thread even while the loop waits in a collective
@@ -133,9 +133,11 @@ class Watch:
                 asked_at = self.step, self.phase
             # A process that was itself asleep (Ctrl-Z) must not take that for the others' delay: two seconds at most.
             self.idle += min(time.monotonic() - start, 2.0)
-            limit = self.run.first_timeout_s if self._patient() else max(self.run.timeout_s, 10 * self.longest)
+            limit = self.run.first_timeout_s if self._patient() else max(self.run.timeout_s, 4 * self.longest)
             if self.idle > limit:
                 self._end(f"no progress for {self.idle:.0f} s")
+            if asked_at and self.phase == "start":  # nothing to save yet, and perhaps a collective that has no end
+                os._exit(Stopped.STATUS)
             # torchrun asks the others to stop when a rank has died. They cannot: it is missing in their collective.
             if asked_at == (self.step, self.phase) and self.world_size > 1 and not self._patient() \
                     and self.idle > max(10.0, 5 * self.longest):

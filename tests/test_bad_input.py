@@ -260,7 +260,7 @@ LATER = [  # found when the run folder has been made, which keeps its logs
      "new/metrics.jsonl: "),
     ("a file for checkpoints", write("new/checkpoints", ""), "train small.yaml --run.dir=new",
      "new: cannot be written"),
-    ("full disk", make_folder("new"), "full-disk-train small.yaml --run.dir=new", "new: No space left on device"),
+    ("full disk", make_folder("new"), "full-disk-train small.yaml --run.dir=new", "new: cannot be written (No space left on device)"),
 ]
 
 CASES = {case[0]: case[1:] for case in CONFIGS + DATA + RUNS + LATER}

@@ -266,6 +266,6 @@ def test_too_small_shared_memory(tmp_path, text_dataset, monkeypatch):
     import os
 
     free = os.statvfs_result((4096, 4096, 100, 16, 16, 10, 10, 10, 0, 255))
-    monkeypatch.setattr(stream_module.os, "statvfs", lambda path: free)
+    monkeypatch.setattr(os, "statvfs", lambda path: free)
     with pytest.raises(UserError, match="/dev/shm: 64 KiB are free"):
         TrainStream(make_config(tmp_path, text_dataset))

@@ -1,0 +1,278 @@
+"""What happens to a run, through the real commands: SIGKILL at every stage of a save, a full disk, damaged checkpoints,
+a second run in the folder, preemption, a rank that dies, a rank that hangs. The README's table of faults rests on these.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_bad_input import OWN_MOUNTS, may_mount
+from test_launch import ENV, ROOT, TORCHRUN
+from test_train import SMALL, STEPS, plain_loop, small_run, train_run  # noqa: F401
+
+from nanogpt import checkpoint
+from nanogpt.errors import UserError
+
+# ---- SIGKILL at every stage of a save -------------------------------------------------------------------------------
+
+SAVES = """
+import json, os, shutil, signal, sys
+sys.path[:0] = ["tests", "."]
+import torch, xxhash
+import torch.distributed as dist, torch.distributed.checkpoint, torch.distributed.fsdp
+from test_checkpoint import make
+from nanogpt import checkpoint
+folder, asynchronous = sys.argv[1], sys.argv[2] == "async"
+os.environ.update(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+os.environ.pop("RANK", None)
+
+def save_and_die(at):
+    "Saves step 10, then step 20 up to the at-th time that anything below the folder is touched."
+    model, optimizer = make()
+    saver = checkpoint.Saver(checkpoint.Path(folder), 1, 0, asynchronous)
+    saver.save(model, optimizer, dict(step=10)); saver.wait()
+    open(folder + "/.step-00000015.partial", "w").close()  # what is left of an older kill does not matter
+    touched = 0
+    def hook(event, args):
+        nonlocal touched
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree") and \\
+                folder in str(args[0]):
+            touched += 1
+            if touched == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    saver.save(model, optimizer, dict(step=20)); saver.wait()
+
+at = 1
+while True:
+    shutil.rmtree(folder, ignore_errors=True)
+    child = os.fork()
+    if not child:
+        try:
+            save_and_die(at)
+        finally:
+            sys.stdout.flush(); sys.stderr.flush()
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    print(json.dumps([at, status, sorted(os.listdir(folder))]), flush=True)
+    newest = checkpoint.find(os.path.dirname(folder))
+    checkpoint.verify(newest)
+    print(json.dumps(newest.name), flush=True)
+    if status == 0:
+        break
+    at += 1
+"""
+
+
+@pytest.mark.parametrize("how", ["async", "sync"])
+def test_sigkill_at_every_stage_of_a_save(tmp_path, how):
+    """Whatever is being opened, made, renamed or removed: one whole checkpoint is there, and only it is kept."""
+    folder = tmp_path / "checkpoints"
+    done = subprocess.run([sys.executable, "-c", SAVES, str(folder), how], cwd=ROOT, text=True, capture_output=True,
+                          timeout=300, env=ENV)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    stages, newest = lines[::2], lines[1::2]
+    assert len(stages) >= 12 and [status for _, status, _ in stages] == [signal.SIGKILL] * (len(stages) - 1) + [0]
+    # First the older one counts, from the moment of the rename on the newer one.
+    first = newest.index("step-00000020")
+    assert 5 < first and newest == ["step-00000010"] * first + ["step-00000020"] * (len(newest) - first)
+    assert stages[-1][2] == [".step-00000015.partial", "step-00000020"]
+    assert any(".step-00000020.partial" in names for _, _, names in stages)
+
+
+# ---- full disk, second run ------------------------------------------------------------------------------------------
+
+def command(small_run, name, *options):  # noqa: F811
+    return [sys.executable, "launch/train.sh", str(small_run.config), *SMALL, f"--run.dir={small_run.folder / name}",
+            f"--train.max_steps={STEPS}", "--train.micro_batch_size=2", *options]
+
+
+def metrics(small_run, name):  # noqa: F811
+    return [json.loads(line) for line in (small_run.folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def agrees(small_run, name, plain_loop):  # noqa: F811
+    """The run is the plain loop, each step logged once, however it came about."""
+    lines = metrics(small_run, name)
+    assert [m["step"] for m in lines] == list(range(1, STEPS + 1))
+    assert [m["loss"] for m in lines] == pytest.approx(plain_loop[0], rel=1e-4)
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs mounts of its own, and unshare -m is not permitted here")
+def test_a_full_disk_does_not_end_the_run(small_run, plain_loop):  # noqa: F811
+    """A disk on which one checkpoint has room, and a second one has not: then more room, and the same command."""
+    folder = small_run.folder / "full"
+    folder.mkdir()
+    train = " ".join(command(small_run, "full", "--checkpoint.interval=5"))
+    script = f"""
+        mount -t tmpfs -o size=850k none {folder} || exit 99
+        {train} 2>&1; echo "status $?"; ls {folder}/checkpoints; echo ----
+        mount -o remount,size=20m {folder}
+        {train} 2>&1; echo "status $?"; ls {folder}/checkpoints
+        cat {folder}/metrics.jsonl > {folder}.copy"""
+    done = subprocess.run([*OWN_MOUNTS, script], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=180)
+    first, second = done.stdout.split("----\n")
+    first, listed = first.split("status 1\n")
+    second, listed_again = second.split("status 0\n")
+    assert "No space left" in first and "warning: checkpoint not saved" in first and "step 25/25" in first
+    assert first.count("warning: checkpoint not saved") == 4
+    assert first.splitlines()[-1].startswith("error: ") and "last checkpoint could not be saved" in first.splitlines()[-1]
+    assert listed.split() == ["step-00000005"]  # the older one is kept, and nothing half-written
+    assert "resuming" in second and "step-00000005: step 5 on 1 -> 1 ranks" in second and "error" not in second
+    assert listed_again.split() == ["step-00000020", "step-00000025"]
+    shutil.move(f"{folder}.copy", folder / "metrics.jsonl")
+    agrees(small_run, "full", plain_loop)
+
+
+def started(small_run, name, *options, launcher=None, steps=5, **kwargs):  # noqa: F811
+    """A run in a session of its own, in which some steps are done."""
+    words = command(small_run, name, *options)
+    if launcher:
+        words = [*launcher, *words[1:]]
+    process = subprocess.Popen(words, cwd=ROOT, env=ENV | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **kwargs)
+    until(lambda: count(small_run, name) >= steps, process)
+    return process
+
+
+def count(small_run, name):  # noqa: F811
+    path = small_run.folder / name / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def until(condition, process, seconds=120):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit and process.poll() is None, process.communicate(timeout=5)
+        time.sleep(0.002)
+
+
+SLOWLY = ["--train.micro_batch_size=1", "--eval.interval=1", "--eval.sequences=64"]  # enough time to be hit
+
+
+def test_a_second_run_in_the_folder_is_refused(small_run):  # noqa: F811
+    first = started(small_run, "two", *SLOWLY, "--checkpoint.interval=2", "--train.max_steps=100000")
+    second = subprocess.run(command(small_run, "two"), cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=120)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"error: {small_run.folder}/two: another run trains there (process {first.pid} on ")
+    assert len(second.stderr.splitlines()) == 1
+    third = subprocess.run(command(small_run, "two", "--train.max_steps=1", "--optim.warmup_steps=0"), cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=120)
+    assert third.returncode == 0, third.stderr  # the lock has died with its owner
+
+
+# ---- damaged checkpoints --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "manifest"])
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(small_run, plain_loop, damage):  # noqa: F811
+    """auto takes the newest whole one; a path is refused; the damaged one is not kept in the place of good ones."""
+    name = f"damaged-{damage}"
+    small_run(name, 1, "--train.micro_batch_size=8", "--checkpoint.interval=6", steps=18)
+    newest = small_run.folder / name / "checkpoints" / "step-00000018"
+    file = newest / ("manifest.json" if damage == "manifest" else "__0_0.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.unlink()
+    if damage in ("cut", "flip"):
+        file.write_bytes(content[:-1] if damage == "cut" else content)
+    with pytest.raises((RuntimeError, UserError), match=file.name.replace(".", "[.]") if damage != "manifest" else "no complete"):
+        small_run(name, 2, "--train.micro_batch_size=4", f"--run.resume={newest}")
+    small_run(name, 2, "--train.micro_batch_size=4", "--checkpoint.interval=6", "--checkpoint.keep_last=1")
+    agrees(small_run, name, plain_loop)
+    said = (small_run.folder / name / "log.txt").read_text()
+    assert f"warning: {file}: " in said and f"going on from {newest.with_name('step-00000012')} instead" in said
+    there = sorted(p.name for p in newest.parent.iterdir())
+    assert there == ["step-00000018.damaged", "step-00000025"]
+    checkpoint.verify(newest.with_name("step-00000025"))
+
+
+# ---- preemption -----------------------------------------------------------------------------------------------------
+
+def test_sigusr1_finishes_the_step_saves_and_ends_with_75(small_run, plain_loop):  # noqa: F811
+    process = started(small_run, "usr1", *SLOWLY)
+    process.send_signal(signal.SIGUSR1)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and err == ""
+    lines = metrics(small_run, "usr1")
+    assert f"stopped by SIGUSR1 after step {len(lines)} of {STEPS}, and saved" in out and len(lines) < STEPS
+    assert checkpoint.step_of(checkpoint.find(small_run.folder / "usr1")) == len(lines)
+    small_run("usr1", 2, "--train.micro_batch_size=2")
+    agrees(small_run, "usr1", plain_loop)
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks(small_run, plain_loop):  # noqa: F811
+    process = started(small_run, "term", *SLOWLY, launcher=TORCHRUN)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    lines = metrics(small_run, "term")
+    assert process.returncode != 0 and "error: " not in err
+    assert f"stopped by SIGTERM after step {len(lines)} of {STEPS}, and saved" in out and len(lines) < STEPS
+    assert checkpoint.step_of(checkpoint.find(small_run.folder / "term")) == len(lines)
+    small_run("term", 1, "--train.micro_batch_size=8")
+    agrees(small_run, "term", plain_loop)
+
+
+def test_a_save_that_does_not_fit_into_the_grace_time_is_told(small_run):  # noqa: F811
+    small_run("grace", 1, "--train.micro_batch_size=8", "--checkpoint.interval=5", "--run.grace_s=0")
+    said = "a preemption would lose the steps since the last checkpoint"
+    assert (small_run.folder / "grace" / "log.txt").read_text().count(said) == 1
+    small_run("no-grace", 1, "--train.micro_batch_size=8", "--checkpoint.interval=5")
+    assert said not in (small_run.folder / "no-grace" / "log.txt").read_text()
+
+
+# ---- a rank dies, a rank hangs --------------------------------------------------------------------------------------
+
+def ranks_of(process) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def test_max_restarts_brings_a_run_back_by_itself(small_run, plain_loop):  # noqa: F811
+    """One rank is killed; after the restart one hangs. torchrun starts the ranks again, and the run is the same."""
+    process = started(small_run, "restarts", *SLOWLY, "--checkpoint.interval=2", "--run.timeout_s=3",
+                      launcher=[*TORCHRUN, "--max-restarts=2"])
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    log = small_run.folder / "restarts" / "log.txt"
+    until(lambda: log.read_text().count("resuming") == 1, process)
+    at = count(small_run, "restarts")
+    until(lambda: count(small_run, "restarts") >= at + 3, process)
+    waiting, hung = ranks_of(process)
+    os.kill(hung, signal.SIGSTOP)
+    until(lambda: waiting not in ranks_of(process), process, seconds=40)
+    os.kill(hung, signal.SIGKILL)  # torchrun would, half a minute later
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert log.read_text().count("resuming") == 2
+    agrees(small_run, "restarts", plain_loop)
+    said = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "nothing is heard of rank 1 (" in said[0] and "step " in said[0], err
+
+
+def test_a_killed_rank_without_restarts_is_told_in_a_few_lines(small_run):  # noqa: F811
+    process = started(small_run, "alone", *SLOWLY, launcher=TORCHRUN)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 20
+    report = err[err.index("Root Cause"):] if "Root Cause" in err else err
+    assert "Signal 9 (SIGKILL)" in report
+    assert "error: " not in err.split("Root Cause")[0]  # no other rank complains before it
+
+
+def test_ranks_do_not_outlive_torchrun(small_run):  # noqa: F811
+    process = started(small_run, "orphans", *SLOWLY, launcher=TORCHRUN)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    limit = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
