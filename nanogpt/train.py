@@ -13,6 +13,7 @@ import gc
 import importlib.metadata
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -454,8 +455,8 @@ def start(config: Config) -> dict:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in LOST):
             raise
-        raise PeerLost(f"lost another rank ({' '.join(str(error).split())[:150]}); the same command goes on from the last "
-                       "checkpoint") from error
+        said = " ".join(re.sub(r"\[/\S+\]", "", str(error)).split())[:100]
+        raise PeerLost(f"lost another rank ({said}); the same command goes on from the last checkpoint") from error
     finally:
         watch.end()
     dist.destroy_process_group()
