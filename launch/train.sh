@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 """:"
-# Starts training. One file, three ways, the same words:
+# Starts training. One file, the same words in each way:
 #
 #     bash launch/train.sh CONFIG [--section.key value …]                    on every local GPU, else one CPU process
+#     bash launch/train.sh --nnodes N … CONFIG …                             torchrun's options first: its words, fewer lines
 #     torchrun --nnodes N … launch/train.sh CONFIG [--section.key value …]   torchrun reads this file as Python
 #     torchrun --no-python … launch/train.sh CONFIG …                        torchrun runs this file as a shell script
 #
@@ -42,7 +43,7 @@ def local_gpus() -> int:
 
 def main():
     from nanogpt.config import help_text, load_config  # here, so that `run` tells what is not installed
-    argv = sys.argv[1:]
+    options, argv = torchrun_options(sys.argv[1:])
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return
@@ -54,32 +55,56 @@ def main():
     ranks = int(os.environ["WORLD_SIZE"]) if under_torchrun else 1
     local_ranks = int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun else 1
     gpus = 0 if under_torchrun or {"--run.device=cpu", "cpu"} & set(argv) else local_gpus()
+    if options and under_torchrun:
+        raise UserError(f"{options[0]}: is torchrun's; these ranks have been started already")
+    if options:
+        start_torchrun([*options, __file__, *argv])
+        return
     if gpus > 1:
         load_config(argv, gpus, gpus)  # what is wrong is told here, once, and not by every rank
-        start_torchrun(gpus, argv)
+        start_torchrun(["--standalone", "--nproc_per_node", str(gpus), __file__, *argv])
         return
     config = load_config(argv, ranks, local_ranks)
     from nanogpt.train import start
     start(config)
 
 
-def start_torchrun(ranks: int, argv: list[str]):
+def torchrun_options(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before CONFIG, if an option without a section (--nnodes, not --train.max_steps) is there; the rest."""
+    config = next((i for i, word in enumerate(argv) if word.endswith((".yaml", ".yml"))), 0)
+    leading = [word.partition("=")[0] for word in argv[:config] if word.startswith("-")]
+    return (argv[:config], argv[config:]) if any("." not in word for word in leading) else ([], argv)
+
+
+def start_torchrun(words: list[str]):
     """torchrun in this process; a rank that fails has told why, so torchrun's own report of it is left out."""
+    import logging
+
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
+    logging.disable(logging.ERROR)  # of this process alone, which does nothing but watch over the ranks
+    parser = get_args_parser()
+    parser.error = lambda message: report(f"{message} (see torchrun --help)") or sys.exit(2)
+    args = parser.parse_args(["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *words])
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, with a banner; ranks.py takes the cores there are
     try:
-        torchrun(parse_args(["--standalone", "--nproc_per_node", str(ranks), "--signals-to-handle",
-                             "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", __file__, *argv]))
+        torchrun(args)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it could tell nothing
-            raise UserError(f"rank {rank} was ended by {failure.signal_name()} (SIGKILL: out of memory, perhaps); the same "
-                            "command goes on from the last checkpoint") from None
+            perhaps = " (out of memory, perhaps)" if failure.exitcode == -signal.SIGKILL else ""
+            raise UserError(f"rank {rank} was ended by {failure.signal_name()}{perhaps}; the same command goes on from the "
+                            "last checkpoint") from None
         sys.exit(failure.exitcode or 1)
     except SignalException as error:
         sys.exit(130 if error.sigval == signal.SIGINT else Stopped.STATUS)
+    except ValueError as error:
+        raise UserError(f"{' '.join(str(error).split())} (see torchrun --help)") from None
+    except RendezvousError as error:
+        raise UserError(f"the machines did not meet: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
 
 def one_voice():

@@ -201,7 +201,11 @@ def take_back(path: Path, step: int):
                 if _step(lines[i]) <= step:
                     keep = start + sum(map(len, lines[:i + 1]))
                     break
+            tail = lines[0]
         file.truncate(keep or 0)
+        if keep and not lines[i].endswith(b"\n"):  # whole, but for its end
+            file.seek(keep)
+            file.write(b"\n")
 
 
 def loss_spikes(losses: list[float], new: int, recent: int) -> list[int]:
@@ -221,8 +225,8 @@ def loss_spikes(losses: list[float], new: int, recent: int) -> list[int]:
 def _step(line: bytes) -> int:
     """Step of a line of metrics.jsonl; one that was cut short by a crash counts as later than everything."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return sys.maxsize
 
 

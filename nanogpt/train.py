@@ -194,7 +194,7 @@ class Numbers:
         self.bad_steps = torch.where(bad & (self.slots == self.n_bad), step, self.bad_steps)
         self.n_bad = self.n_bad + bad
         self.losses[step % len(self.losses)] = loss
-        return (bad | (self.n_bad > self.allowed)).float()
+        return (bad | (self.n_bad > self.allowed)).float().to(norm.device)  # there, with cpu_offload, the kernel reads it
 
     def recent(self, done: int) -> list[float]:
         """The losses of the last steps before `done`, oldest first."""
@@ -254,8 +254,8 @@ def evaluate(model, splits: list[Split], stream: TrainStream, config: Config, to
             module.reshard()
     model.train()
     dist.all_reduce(sums)
-    shares = {split.path: share for split, share in zip(stream.splits, stream.proportions)}
-    weights = torch.tensor([shares[split.path] for split in splits], dtype=torch.float64)
+    paths = {split.path for split in splits}  # in the stream's order, but for datasets without this split
+    weights = torch.tensor([share for split, share in zip(stream.splits, stream.proportions) if split.path in paths])
     nats, tokens, n_bytes = sums.cpu().T
     loss, bytes_a_token = ((weights * of / tokens).sum().item() / weights.sum().item() for of in (nats, n_bytes))
     return loss, loss / max(1e-9, bytes_a_token) / math.log(2)

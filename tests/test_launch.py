@@ -16,8 +16,9 @@ ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}
 
 @pytest.mark.parametrize("launcher, ranks", [
     (["bash", "launch/train.sh"], 1),
+    (["bash", "launch/train.sh", "--nproc_per_node=2"], 2),
     ([*TORCHRUN, "--nnodes", "1", "launch/train.sh"], 2),
-    ([*TORCHRUN, "--no-python", "launch/train.sh"], 2)], ids=["bash", "torchrun", "torchrun --no-python"])
+    ([*TORCHRUN, "--no-python", "launch/train.sh"], 2)], ids=["bash", "bash --nproc_per_node", "torchrun", "torchrun --no-python"])
 def test_three_ways(launcher, ranks, text_dataset, tmp_path):
     config = tmp_path / "launched.yaml"
     config.write_text(f"data: {{path: {text_dataset}}}\nrun: {{dir: {tmp_path}/run}}")
@@ -32,6 +33,21 @@ def test_three_ways(launcher, ranks, text_dataset, tmp_path):
     assert state["world_size"] == ranks
 
 
+@pytest.mark.parametrize("options, status, said", [
+    (["--nproc_per_node=2", "CONFIG"], 1, "absent/dataset.json: is missing"),
+    (["--nproc_per_node=two", "CONFIG"], 1, "Unsupported nproc_per_node value: two (see torchrun --help)"),
+    (["--nprocs=2", "CONFIG"], 2, "unrecognized arguments: --nprocs=2 (see torchrun --help)"),
+], ids=["missing data", "wrong value", "unknown option"])
+def test_torchrun_from_within_ends_in_one_line(text_dataset, tmp_path, options, status, said):
+    config = tmp_path / "bad.yaml"
+    config.write_text(f"data: {{path: {tmp_path}/absent}}\nrun: {{dir: {tmp_path}/run}}")
+    options = [str(config) if word == "CONFIG" else word for word in options]
+    done = subprocess.run(["bash", "launch/train.sh", *options, *SMALL, "--train.max_steps=6", "--train.micro_batch_size=2"],
+                          cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180)
+    assert done.returncode == status
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+
+
 def test_two_ranks_tell_one_error_once(text_dataset, tmp_path):
     config = tmp_path / "bad.yaml"
     config.write_text(f"data: {{path: {tmp_path}/absent}}\nrun: {{dir: {tmp_path}/run}}")
@@ -40,3 +56,4 @@ def test_two_ranks_tell_one_error_once(text_dataset, tmp_path):
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(said) == 1 and "absent" in said[0]
+    assert "error_file: <N/A>" not in done.stderr  # torchrun's report ends with our line

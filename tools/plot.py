@@ -41,6 +41,8 @@ def read_metrics(folder: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            if record["loss"] is None:  # not finite: a gap in the curve
+                record["loss"] = float("nan")
             for key in ("step", "tokens", "loss"):
                 float(record[key])
             records.append(record)

@@ -129,7 +129,7 @@ class Trial:
 
     def resumed_from(self) -> str:
         found = re.search(r"^resuming .*: step (\d+) on", self.said(), re.M)
-        return found[1] if found else "0"
+        return found[1] if found else "-" if self.doing()[0] == START else "0"
 
     def finish(self, process, seconds: float = 600) -> int:
         try:
@@ -180,14 +180,16 @@ def kill_at(trial: Trial, process, moment: int, step: int, delay: float, victim:
         was = None
         while process.poll() is None:
             what, at = trial.doing()
-            if what == moment and was != moment and at >= step:
+            if what == moment and at >= step and (moment == STEP or was != moment):
+                time.sleep(delay)
+                break
+            if at >= step + 12:  # a short moment can slip by
                 break
             was = what
             time.sleep(0.0002)
-        time.sleep(delay)
     if process.poll() is not None:
         return None
-    ranks = children(process.pid)  # of torchrun
+    ranks = children(process.pid) if "torch.distributed.run" in process.args else []
     if victim == "one rank" and ranks:
         one = choose.randrange(len(ranks))
         os.kill(ranks[one], signal.SIGKILL)
@@ -215,7 +217,7 @@ def killed_run(trial: Trial, kills: int, choose: random.Random) -> int:
     for kill in range(kills):
         layout = draw_layout(choose, layout)
         # Each kill has its own stretch of the run, so that the run gets on.
-        step = int((kill + choose.random()) * (trial.steps - 8) / kills)
+        step = int((kill + choose.random()) * (trial.steps - 20) / kills)
         moment = choose.choices([START, STEP, EVALUATION, WRITING, PUBLISHING], [2, 6, 3, 5, 4])[0]
         # As long as what is to be hit takes, about.
         delay = choose.random() * {START: 8.0, STEP: 0.05, EVALUATION: 0.05, WRITING: 0.04, PUBLISHING: 0.004}[moment]
@@ -235,7 +237,7 @@ def killed_run(trial: Trial, kills: int, choose: random.Random) -> int:
             raise UserError(f"four starts in a row failed by themselves; see {trial.out.name}")
         name = "hybrid/" + str(layout["shard_size"]) if layout["strategy"] == "hybrid" else layout["strategy"]
         print(f"{kill + 1:>4}  {layout['ranks']:>5} {layout['micro']:>5} {name:<10} {trial.resumed_from():>9}  "
-              f"{NAMES[moment]:<21} {'' if what == START else at + 1:>7}  {killed:<8} {time.monotonic() - began:>4.0f}s", flush=True)
+              f"{NAMES[what]:<21} {'' if what == START else at + 1:>7}  {killed:<8} {time.monotonic() - began:>4.0f}s", flush=True)
     for attempt in range(4):
         layout = draw_layout(choose, layout)
         process = trial.start(layout)
@@ -379,7 +381,7 @@ log: {{interval: 1}}
 
 def prove(folder: Path, kills: int, seed: int):
     choose = random.Random(seed)
-    steps = 6 * kills + 20
+    steps = 6 * kills + 30
     print(f"seed         {seed}")
     config, datasets = make_data(folder, choose)
     undisturbed, killed = (Trial(folder / name, config, steps) for name in ("undisturbed", "killed"))
