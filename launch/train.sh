@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import PeerLost, Stopped, UserError, report, run  # noqa: E402
+from nanogpt.errors import PeerLost, Stopped, UserError, die_with_torchrun, report, run  # noqa: E402
 
 
 def local_gpus() -> int:
@@ -140,6 +140,7 @@ def tell_torchrun(line: str):
 
 
 if __name__ == "__main__":
+    die_with_torchrun()
     try:
         run(one_voice)
         status = 0

@@ -185,7 +185,7 @@ def _check_shared_memory(needed: int = 1 << 20):
 def is_compressed(index: Path) -> bool:
     try:
         return any(shard["zip_data"] for shard in json.loads(index.read_text())["shards"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False  # what is wrong with it is told when it is opened
 
 
@@ -242,6 +242,8 @@ def _fetch(remote: str, local: Path, get):
         except Exception as error:
             said = one_line(getattr(error, "last_exception", error))  # boto's RetriesExceededError alone tells nothing
             remedy = _remedy(error, said)
+            if isinstance(error, _Damaged) and "://" not in remote:  # a file beside it: it will not change by itself
+                remedy = "copy it again, or convert the text again"
             if remedy is None:  # another attempt may help
                 if attempt < ATTEMPTS and (attempt == 1 or time.monotonic() - began < PATIENCE_S):
                     print(f"warning: {remote}: {said}; trying again ({attempt + 1} of {ATTEMPTS})", file=sys.stderr,

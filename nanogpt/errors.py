@@ -1,6 +1,8 @@
 """How every command ends when its user has to mend something: one line a problem on stderr, a status, no traceback."""
 
 import argparse
+import os
+import signal
 import sys
 
 
@@ -50,3 +52,10 @@ def run(main):
     except ModuleNotFoundError as error:
         report(f"{error.name} is not installed for {sys.executable}; bash launch/quickstart.sh sets up everything")
         sys.exit(1)
+
+
+def die_with_torchrun():
+    """A rank ends when its torchrun does, even by SIGKILL: else it would hold the run folder, and its GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        import ctypes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

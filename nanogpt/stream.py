@@ -20,7 +20,7 @@ from nanogpt.cache import damage, download, is_compressed, one_line, open_datase
 from nanogpt.config import Config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
-from nanogpt.shards import load_dataset_card
+from nanogpt.shards import load_dataset_card, load_index
 
 HASHED_AT_START = 1 << 30  # bytes of a split; the shards of a larger one are hashed as they are first read
 DEAL = 1 << 16             # samples after which the pattern of a mixture begins anew: proportions are rounded to 1/DEAL
@@ -54,16 +54,9 @@ class Split:
         self.folder = root / name
         if self.remote:
             download(f"{path}/{name}/index.json", self.folder / "index.json")
+        load_index(self.folder / "index.json", self.card, name, f"{path}/{name}/index.json")
         self.dataset = open_dataset(root, path if self.remote else None, name, config)
-        column = f"ndarray:{self.card['dtype']}:{stored + 1}"
-        for shard in self.dataset.shards:
-            if shard.column_encodings != [column]:
-                raise UserError(f"{path}/{name}/index.json: its samples are {', '.join(shard.column_encodings)}, "
-                                f"those of dataset.json {column}; convert the text again")
         self.samples = self.dataset.num_samples
-        if self.samples != self.card["splits"][name]["samples"]:
-            raise UserError(f"{path}/{name}/index.json: holds {self.samples} samples, dataset.json says "
-                            f"{self.card['splits'][name]['samples']}; convert the text again")
         self.index_sha256 = hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()
         self.shard_ends = np.cumsum([shard.samples for shard in self.dataset.shards])
         self.nodes = min(config.data.num_canonical_nodes, self.samples)

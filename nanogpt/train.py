@@ -210,14 +210,14 @@ class Numbers:
             step = steps[self.allowed]
             raise UserError(f"step {step + 1}: loss or gradient is not finite (loss of step {done}: "
                             f"{self.losses[(done - 1) % len(self.losses)].item():g}); it was not applied. "
-                            f"{samples_of(stream, step)}. The last checkpoint is good: try a lower optim.learning_rate, "
+                            f"{samples_of(stream, step, meter)}. The last checkpoint is good: try a lower optim.learning_rate, "
                             f"or leave out such steps with --train.max_skipped_steps {self.allowed + 1}")
         if new := steps[len(self.skipped):n]:
             self.skipped += new
             told["skipped_steps"] = [step + 1 for step in new]
             for step in new:
                 meter.say(f"warning: step {step + 1}: loss or gradient is not finite; left out ({len(self.skipped)} of "
-                          f"{self.allowed} that may be). {samples_of(stream, step)}")
+                          f"{self.allowed} that may be). {samples_of(stream, step, meter)}")
         recent = self.recent(done)
         if spikes := loss_spikes(recent, done - self.looked, self.RECENT):
             told["loss_spikes"] = [done - len(recent) + i + 1 for i in spikes]
@@ -228,9 +228,13 @@ class Numbers:
         return told
 
 
-def samples_of(stream: TrainStream, step: int) -> str:
+def samples_of(stream: TrainStream, step: int, meter: Meter) -> str:
     samples = sorted(set(stream.samples(step).tolist()))
-    return "Its samples: " + ", ".join(map(str, samples[:16])) + (f", … ({len(samples)} in all)" if len(samples) > 16 else "")
+    shards = sorted({split.shard_of(number) for split, number in map(stream.find, samples)})
+    first = [", ".join(map(str, some[:n])) + (f", … ({len(some)} in all)" if len(some) > n else "")
+             for some, n in ((samples, 16), (shards, 4))]
+    return (f"Its samples: {first[0]}, of {first[1]} (python tools/inspect_mds.py --run {meter.config.run_dir} --step "
+            f"{step + 1} shows them)")
 
 
 @torch.no_grad()
@@ -315,8 +319,8 @@ def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> 
     different |= {key: (value, None) for key, value in now["identity"].items() if key not in stream.identity()}
     if not different and stream.fingerprint(state["step"]) != state["next_samples"]:
         libraries = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
-        different = {f"the order of step {state['step'] + 1}": (state["next_samples"], stream.fingerprint(state["step"])),
-                     f"with all settings the same: a library that shuffles otherwise, where it was {libraries}": ("", "")}
+        different = {f"the order of step {state['step'] + 1}, with all settings the same (libraries then: {libraries}),":
+                     (state["next_samples"], stream.fingerprint(state["step"]))}
     if different and not config.run.allow_data_change:
         raise UserError("\n".join(
             f"{path}: {key} is {value} now and was {was}: the samples would come in another order; take the old value, "
@@ -342,6 +346,9 @@ def new_state(stream: TrainStream) -> dict:
 
 def change_data(path: Path, state: dict, stream: TrainStream, different: dict, warnings: list[str]):
     """run.allow_data_change: the new data is read from its beginning. Says what that costs, and notes it in the state."""
+    if "tokenizer fingerprint" in different:
+        raise UserError(f"{path}: its tokenizer, {state['tokenizer']['name']}, is not that of {stream.splits[0].path} (another "
+                        "fingerprint): the same ids would be other text; convert the text with the same one")
     was = state["data_history"][-1]
     taken = (state["step"] - was["from_step"]) * was["identity"]["train.global_batch_size"] // was["parts"]
     epoch = was["identity"].get("samples per epoch")

@@ -6,7 +6,6 @@ others: a thread in each of them notices, says which one it is and in which step
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -33,15 +32,10 @@ asked: list[str] = []  # the signals that asked to stop; one process, one list
 
 
 def listen():
-    """From here on SIGTERM and SIGUSR1 ask; and a rank does not outlive its torchrun, not even one killed by SIGKILL."""
+    """From here on SIGTERM and SIGUSR1 ask."""
     asked.clear()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def deafen():

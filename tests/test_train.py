@@ -109,6 +109,14 @@ def test_stop_on_two_ranks_go_on_on_one_then_four(small_run, plain_loop):
     assert [m["grad_norm"] for m in metrics] == pytest.approx(plain_loop[1], rel=1e-4)
 
 
+def test_three_machines_where_the_order_has_eight_parts(small_run):
+    options = ["--train.global_batch_size=12", "--data.num_canonical_nodes=8", "--train.micro_batch_size=2"]
+    small_run("machines", 3, *options, local_world_size=1, steps=12)
+    many = small_run("machines", 2, *options, local_world_size=1)
+    one = small_run("machine", 1, *options)
+    assert [m["loss"] for m in many] == pytest.approx([m["loss"] for m in one], rel=1e-4)
+
+
 def command(small_run, name, *options):
     """What a user types, on one CPU process."""
     import sys
@@ -195,7 +203,7 @@ def test_bfloat16_compiled_on_two_ranks_learns_like_float32(small_run, plain_loo
     assert [m["loss"] for m in metrics] == pytest.approx(plain_loop[0], rel=0.03)
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_by_name(small_run):
+def test_a_gradient_that_is_not_finite_stops_the_run_by_name(small_run, text_dataset):
     import subprocess
     small_run("exploding", 1, "--train.micro_batch_size=8", steps=5)
     options = ["--optim.learning_rate=1e38", "--optim.min_learning_rate=1e38", "--log.interval=7"]
@@ -206,7 +214,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_by_name(small_run):
     from nanogpt.stream import TrainStream
     config = load_config([str(small_run.config), *SMALL, f"--train.max_steps={STEPS}", "--train.micro_batch_size=8"])
     samples = sorted(set(TrainStream(config).sequences(6)[:, 0].tolist()))
-    assert f"Its samples: {', '.join(map(str, samples))}." in result.stderr
+    assert f"Its samples: {', '.join(map(str, samples))}, of {text_dataset}/train/shard.00000.mds (python" in result.stderr
     assert [p.name for p in (small_run.folder / "exploding" / "checkpoints").iterdir()] == ["step-00000005"]
 
 

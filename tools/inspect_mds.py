@@ -27,23 +27,11 @@ WIDTH = 240  # characters of a sequence that are shown without --full: its begin
 
 def read_index(folder: Path, card: dict) -> list[dict]:
     """The shards of a split as index.json lists them. UserError: missing, damaged, or not what dataset.json says."""
-    path = folder / "index.json"
-    column = f"ndarray:{card['dtype']}:{card['block_size'] + 1}"
-    samples = card["splits"][folder.name]["samples"]
-    try:
-        shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
-        for shard in shards:
-            if shard["column_encodings"] != [column]:
-                raise ValueError(f"its column is {shard['column_encodings']}, not {column}")
-            for info in filter(None, (shard["raw_data"], shard["zip_data"])):
-                if Path(info["basename"]).name != info["basename"] or "xxh64" not in info["hashes"]:
-                    raise ValueError("it lists a file elsewhere, or without its xxh64")
-        if (found := sum(shard["samples"] for shard in shards)) != samples:
-            raise ValueError(f"it lists {found} samples, dataset.json {samples}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it or convert the text again") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is damaged ({error}); copy it or convert the text again") from None
+    from nanogpt.shards import load_index
+
+    shards = load_index(folder / "index.json", card, folder.name)
+    if not all("xxh64" in info["hashes"] for shard in shards for info in (shard["raw_data"], shard["zip_data"]) if info):
+        raise UserError(f"{folder / 'index.json'}: lists a file without its xxh64; convert the text again")
     return shards
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, die_with_torchrun, run  # noqa: E402
 
 BATCH, BLOCK = 12, 32  # sequences of a step: 1, 2, 3, 4 ranks divide it
 LOSSES, WEIGHTS = 1e-4, 1e-3  # the largest relative differences that rounding may make
@@ -42,6 +42,7 @@ NAMES = ("start", "a step", "an evaluation", "writing a checkpoint", "publishing
 
 def rank(folder: Path, argv: list[str]):
     """Runs launch/train.sh with argv. Writes what goes through the model, and tells at any time what is being done."""
+    die_with_torchrun()
     import xxhash
 
     import nanogpt.checkpoint
@@ -348,11 +349,15 @@ def compare_weights(a: Path, b: Path) -> list[str]:
 
 # ---- from shards to verdict -----------------------------------------------------------------------------------------
 
-def make_data(folder: Path, choose: random.Random) -> tuple[Path, list[Path]]:
-    """A config, and the datasets it reads: one, or a mixture of one cut in blocks and one in shifted windows."""
+def make_data(folder: Path, choose: random.Random, steps: int) -> tuple[Path, list[Path]]:
+    """A config, and the datasets it reads: one, or a mixture of one cut in blocks and one in shifted windows.
+
+    About three epochs in `steps` steps.
+    """
     kind = choose.choice(["one dataset", "a random mixture", "a stratified mixture"])
     made = []
-    for name, words, stride in (("a", 1500, BLOCK), ("b", 500, BLOCK * 5 // 8))[:1 if kind == "one dataset" else 2]:
+    words = steps * BATCH * BLOCK // 18  # of 6 characters
+    for name, words, stride in (("a", words, BLOCK), ("b", words // 4, BLOCK * 5 // 8))[:1 if kind == "one dataset" else 2]:
         text = " ".join(f"{choose.choice(('yes', 'no', 'not', 'one', 'all'))}{choose.randrange(1000)}" for _ in range(words))
         (folder / f"{name}.txt").write_text(text)
         made.append(folder / name)
@@ -369,7 +374,7 @@ def make_data(folder: Path, choose: random.Random) -> tuple[Path, list[Path]]:
     config.write_text(f"""
 data: {{{data}, num_canonical_nodes: {nodes}, shuffle_algo: {algo}, shuffle_seed: {choose.randrange(1000)}}}
 model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: {BLOCK}, bias: false}}
-optim: {{learning_rate: 3.0e-3, warmup_steps: 10, schedule: constant}}
+optim: {{learning_rate: 1.0e-3, warmup_steps: 10}}
 train: {{global_batch_size: {BATCH}, precision: float32, compile: false}}
 eval: {{interval: 4, sequences: 48}}
 checkpoint: {{interval: 3, keep_last: 2}}
@@ -383,7 +388,7 @@ def prove(folder: Path, kills: int, seed: int):
     choose = random.Random(seed)
     steps = 6 * kills + 30
     print(f"seed         {seed}")
-    config, datasets = make_data(folder, choose)
+    config, datasets = make_data(folder, choose, steps)
     undisturbed, killed = (Trial(folder / name, config, steps) for name in ("undisturbed", "killed"))
     if undisturbed.finish(undisturbed.start(dict(ranks=1, micro=BATCH, strategy="full"))):
         raise UserError(f"the undisturbed run failed; see {undisturbed.out.name}")
@@ -410,7 +415,7 @@ def start_times(folder: Path, repeats: int, seed: int):
     from nanogpt import checkpoint
     from nanogpt.config import load_config
     from nanogpt.stream import TrainStream
-    config, _ = make_data(folder, random.Random(seed))
+    config, _ = make_data(folder, random.Random(seed), 100)
     early, late = 10, 100_000
     trial = Trial(folder / "early", config, early)
     layout = dict(ranks=1, micro=BATCH, strategy="full")
