@@ -52,6 +52,17 @@ def test_every_file_of_the_tree_is_there_and_named():
     assert named == there
 
 
+def test_each_fault_is_made_by_a_test_that_is_there():
+    table = README[README.index("| fault | outcome | made by |"):].split("\n\n")[0].splitlines()[2:]
+    code = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(table) >= 20
+    for row in table:
+        made_by = re.findall(r"`([^`]+)`", row.rstrip("|").rsplit("|", 1)[1])
+        assert made_by, row
+        for name in made_by:
+            assert name.startswith("tests/") or name == "prove_resume.py" or f"def {name}(" in code, name
+
+
 def test_links_to_files_are_good():
     for path in re.findall(r"`((?:configs|tools|tests|launch|nanogpt)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
