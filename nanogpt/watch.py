@@ -120,10 +120,11 @@ class Watch:
         return self.first or self.phase in ("start", "checkpoint")
 
     def _guard(self):
-        asked_at = None
+        asked_at, heard = None, select.poll()
+        heard.register(self.ear, select.POLLIN)
         while not self.ended.is_set():
             start = time.monotonic()
-            if select.select([self.ear], [], [], 0.5)[0] and set(os.read(self.ear, 99)) & {signal.SIGTERM, signal.SIGUSR1}:
+            if heard.poll(500) and set(os.read(self.ear, 99)) & {signal.SIGTERM, signal.SIGUSR1}:
                 asked_at = self.step, self.phase
             # A process that was itself asleep (Ctrl-Z) must not take that for the others' delay: two seconds at most.
             self.idle += min(time.monotonic() - start, 2.0)
@@ -131,6 +132,8 @@ class Watch:
             if self.idle > limit:
                 self._end(f"no progress for {self.idle:.0f} s")
             if asked_at and self.phase == "start":  # nothing to save yet, and perhaps a collective that has no end
+                if self.rank == 0:
+                    print("stopped by a signal before the first step: there is nothing new to save", flush=True)
                 os._exit(Stopped.STATUS)
             # torchrun asks the others to stop when a rank has died. They cannot: it is missing in their collective.
             if asked_at == (self.step, self.phase) and self.world_size > 1 and not self._patient() \

@@ -42,7 +42,8 @@ BOMB = "k0: &k0 {a: 1}\n" + "".join(f"k{i}: &k{i} {{a: *k{i - 1}, b: *k{i - 1}}}
 # ---- what is typed --------------------------------------------------------------------------------------------------
 
 TRAIN = [sys.executable, f"{ROOT}/launch/train.sh"]
-TOOLS = {"convert": "convert_text_to_mds", "inspect": "inspect_mds", "sample": "sample", "plot": "plot"}
+TOOLS = {"convert": "convert_text_to_mds", "inspect": "inspect_mds", "sample": "sample", "plot": "plot",
+         "prove": "prove_resume"}
 TOOLS = {word: [sys.executable, f"{ROOT}/tools/{name}.py"] for word, name in TOOLS.items()}
 OWN_MOUNTS = ["unshare", "-m", *([] if os.geteuid() == 0 else ["-r"]), "sh", "-c"]  # which the command alone sees
 PROGRAMS = TOOLS | {
@@ -170,6 +171,7 @@ CONFIGS = [  # told in a moment, before torch is imported
     ("nothing installed, sample", None, "bare-sample --run run", "torch is not installed for"),
     ("nothing installed, convert", None, "bare-convert --input short.txt --out new", "is not installed for"),
     ("nothing installed, inspect", None, "bare-inspect mds", "is not installed for"),
+    ("nothing installed, prove", None, "bare-prove --out new", "torch is not installed for"),
     ("nothing installed, plot", None, "bare-plot run", "is not installed for"),
 ]
 

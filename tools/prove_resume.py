@@ -468,6 +468,7 @@ def main():
         raise UserError(f"--kills: {args.kills} is below 1")
     if args.out and args.out.exists():
         raise UserError(f"--out: {args.out} exists already; give a new folder")
+    import torch  # noqa: F401 — where it is not installed, `run` tells, before anything is begun
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
     folder = (args.out or Path(tempfile.mkdtemp(prefix="prove_resume."))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
