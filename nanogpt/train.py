@@ -10,25 +10,22 @@ to fit -> model sharded, initialised or loaded -> steps. SIGTERM or SIGUSR1: the
 """
 
 import gc
-import importlib.metadata
 import math
-import os
 import re
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch.distributed.fsdp import FSDPModule
 
-from nanogpt import __version__, checkpoint, tokenizer, watch
+from nanogpt import checkpoint, tokenizer, watch
 from nanogpt.config import Config
 from nanogpt.errors import PeerLost, Stopped, UserError
+from nanogpt.health import Numbers
 from nanogpt.loss import IGNORE
-from nanogpt.meter import Meter, loss_spikes
+from nanogpt.meter import Meter
 from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.ranks import init_process_group
+from nanogpt.resume import load_weights, run_state, starting_point, take_run_folder
 from nanogpt.sharding import build
 from nanogpt.stream import Split, TrainStream
 
@@ -171,72 +168,6 @@ def gradient_norm(model) -> torch.Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-class Numbers:
-    """Losses and gradients that are not finite, or out of the ordinary: kept on the device until the host looks."""
-    RECENT = 128  # steps that a loss is compared with
-
-    def __init__(self, config: Config, state: dict, device):
-        """state: of the checkpoint; it knows the steps left out so far, and the last losses."""
-        self.skipped = list(state["skipped_steps"])
-        self.allowed = max(config.train.max_skipped_steps, len(self.skipped))
-        self.slots = torch.arange(self.allowed + 1, device=device)
-        self.bad_steps = torch.full((self.allowed + 1,), -1, device=device)  # the steps whose numbers were not finite
-        self.n_bad = torch.tensor(len(self.skipped), device=device)
-        self.losses = torch.full((self.RECENT + config.log.interval,), float("nan"), device=device)  # of step s at s % size
-        self.looked = state["step"]
-        for i, loss in enumerate(state["recent_losses"]):
-            step = state["step"] - len(state["recent_losses"]) + i
-            self.losses[step % len(self.losses)] = float("nan") if loss is None else loss
-
-    def see(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """1.0 if this step must not be applied, else 0.0; the same on all ranks. After one too many, none is."""
-        bad = ~(loss.isfinite() & norm.isfinite())
-        self.bad_steps = torch.where(bad & (self.slots == self.n_bad), step, self.bad_steps)
-        self.n_bad = self.n_bad + bad
-        self.losses[step % len(self.losses)] = loss
-        return (bad | (self.n_bad > self.allowed)).float().to(norm.device)  # there, with cpu_offload, the kernel reads it
-
-    def recent(self, done: int) -> list[float]:
-        """The losses of the last steps before `done`, oldest first."""
-        losses = self.losses.tolist()
-        return [losses[s % len(losses)] for s in range(max(0, done - len(losses)), done)]
-
-    def look(self, done: int, stream: TrainStream, meter: Meter) -> dict:
-        """What there is to tell of the steps since the last look. Raises UserError after one bad step too many."""
-        told = {}
-        n = int(self.n_bad)
-        steps = self.bad_steps.tolist()
-        if n > self.allowed:
-            step = steps[self.allowed]
-            raise UserError(f"step {step + 1}: loss or gradient is not finite (loss of step {done}: "
-                            f"{self.losses[(done - 1) % len(self.losses)].item():g}); it was not applied. "
-                            f"{samples_of(stream, step, meter)}. The last checkpoint is good: try a lower optim.learning_rate, "
-                            f"or leave out such steps with --train.max_skipped_steps {self.allowed + 1}")
-        if new := steps[len(self.skipped):n]:
-            self.skipped += new
-            told["skipped_steps"] = [step + 1 for step in new]
-            for step in new:
-                meter.say(f"warning: step {step + 1}: loss or gradient is not finite; left out ({len(self.skipped)} of "
-                          f"{self.allowed} that may be). {samples_of(stream, step, meter)}")
-        recent = self.recent(done)
-        if spikes := loss_spikes(recent, done - self.looked, self.RECENT):
-            told["loss_spikes"] = [done - len(recent) + i + 1 for i in spikes]
-            for i, step in zip(spikes, told["loss_spikes"]):
-                meter.say(f"spike at step {step}: loss {recent[i]:.4f}; python tools/inspect_mds.py --run "
-                          f"{meter.config.run_dir} --step {step} shows its text")
-        self.looked = done
-        return told
-
-
-def samples_of(stream: TrainStream, step: int, meter: Meter) -> str:
-    samples = sorted(set(stream.samples(step).tolist()))
-    shards = sorted({split.shard_of(number) for split, number in map(stream.find, samples)})
-    first = [", ".join(map(str, some[:n])) + (f", … ({len(some)} in all)" if len(some) > n else "")
-             for some, n in ((samples, 16), (shards, 4))]
-    return (f"Its samples: {first[0]}, of {first[1]} (python tools/inspect_mds.py --run {meter.config.run_dir} --step "
-            f"{step + 1} shows them)")
-
-
 @torch.no_grad()
 def evaluate(model, splits: list[Split], stream: TrainStream, config: Config, token_bytes: torch.Tensor, device,
              alive) -> tuple[float, float]:
@@ -277,137 +208,6 @@ def warn_of_short_grace(meter: Meter, config: Config, saver, record: dict):
 
 
 # ---- before the first step ------------------------------------------------------------------------------------------
-
-def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> tuple[Path | None, dict]:
-    """(checkpoint to resume from, its state.json), or (None, the state of a new run). Tells the stream where it begins.
-
-    A damaged newest checkpoint is passed over, loudly, where an older one is whole. Raises UserError on what does not fit.
-    """
-    found = [checkpoint.published(config.run_dir / "checkpoints")]
-    dist.broadcast_object_list(found, src=0)  # a network file system may show other ranks another folder
-    found = found[0]
-    if config.run.resume == "never":
-        if found:
-            raise UserError(f"{config.run_dir}: has checkpoints, and run.resume is never; choose another run.name, "
-                            "or remove the folder")
-        return None, new_state(stream)
-    if config.run.resume == "auto":
-        candidates = found[::-1]
-    else:
-        candidates = [checkpoint.find(config.run.resume)]
-        newer = [p for p in found if checkpoint.step_of(p) > checkpoint.step_of(candidates[0])]
-        if newer:
-            raise UserError(f"{newer[-1]}: is newer than {candidates[0]}, from which you resume; move it away, or give "
-                            "another run.name")
-    for i, path in enumerate(candidates):
-        try:
-            checkpoint.verify(path)
-            state = checkpoint.read_state(path)
-            break
-        except UserError as error:
-            if i == len(candidates) - 1:
-                raise
-            if dist.get_rank() == 0:
-                aside = checkpoint.put_aside(path)  # it would count as the newest, to be kept in the place of a good one
-                warn(warnings, f"{error}", f"it is {aside.name} now; going on from {candidates[i + 1]} instead")
-    else:
-        return None, new_state(stream)
-    now = state["data_history"][-1]
-    stream.first_step = now["from_step"]
-    different = {key: (now["identity"].get(key), value) for key, value in stream.identity().items()
-                 if now["identity"].get(key) != value}
-    different |= {key: (value, None) for key, value in now["identity"].items() if key not in stream.identity()}
-    if not different and stream.fingerprint(state["step"]) != state["next_samples"]:
-        libraries = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
-        different = {f"the order of step {state['step'] + 1}, with all settings the same (libraries then: {libraries}),":
-                     (state["next_samples"], stream.fingerprint(state["step"]))}
-    if different and not config.run.allow_data_change:
-        raise UserError("\n".join(
-            f"{path}: {key} is {value} now and was {was}: the samples would come in another order; take the old value, "
-            "start another run.name, or accept it with --run.allow_data_change true"
-            for key, (was, value) in different.items()))
-    if different:
-        change_data(path, state, stream, different, warnings)
-    return path, state
-
-
-def warn(warnings: list[str], *lines: str):
-    """Told at once, and in log.txt as soon as there is one."""
-    for line in lines:
-        print(f"warning: {line}", file=sys.stderr, flush=True)
-    warnings += lines
-
-
-def new_state(stream: TrainStream) -> dict:
-    """What state.json says of a run before its first step."""
-    return dict(step=0, tokens=0, data_history=[dict(from_step=0, tokens=0, **stream.settings())], skipped_steps=[],
-                recent_losses=[])
-
-
-def change_data(path: Path, state: dict, stream: TrainStream, different: dict, warnings: list[str]):
-    """run.allow_data_change: the new data is read from its beginning. Says what that costs, and notes it in the state."""
-    if "tokenizer fingerprint" in different:
-        raise UserError(f"{path}: its tokenizer, {state['tokenizer']['name']}, is not that of {stream.splits[0].path} (another "
-                        "fingerprint): the same ids would be other text; convert the text with the same one")
-    was = state["data_history"][-1]
-    taken = (state["step"] - was["from_step"]) * was["identity"]["train.global_batch_size"] // was["parts"]
-    epoch = was["identity"].get("samples per epoch")
-    cost = f"{taken % epoch:,} of {epoch:,} samples" if epoch else f"up to {taken:,} samples"
-    if dist.get_rank() == 0:
-        warn(warnings, *(f"{path}: {key} was {before} and is {now} now" for key, (before, now) in different.items()),
-             f"the data changes after step {state['step']} and is read from its beginning: {cost} of the epoch under way "
-             "were trained on, and come again if they are in the new data too. From here on each sample comes once an "
-             "epoch; the checkpoints remember the change")
-    stream.first_step = state["step"]
-    state["data_history"].append(dict(from_step=state["step"], tokens=state["tokens"], **stream.settings(),
-                                      changed={key: list(values) for key, values in different.items()}))
-
-
-def load_weights(model, config: Config, tok):
-    """run.init_from: weights alone, of a run with the same tokenizer and shape."""
-    path = checkpoint.find(config.run.init_from)
-    checkpoint.verify(path)
-    known = checkpoint.read_state(path)["tokenizer"]
-    if known["fingerprint"] != tok.fingerprint:
-        raise UserError(f"{path}: its tokenizer is {known['name']}, that of {config.data.path} is {tok.name} (another "
-                        "fingerprint): convert the text with the same one")
-    checkpoint.load(path, model)
-
-
-def take_run_folder(config: Config, make: bool):
-    """No other run may train in the folder from here on. make: it is made where it is missing, and config.yaml written.
-
-    Raises UserError, on all ranks, where another run is there, or nothing can be written.
-    """
-    folder, problem = config.run_dir, [None]
-    if dist.get_rank() == 0:
-        try:
-            if make:
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-            if folder.is_dir():
-                watch.lock(folder)
-            if make:
-                aside = folder / ".config.yaml.partial"
-                aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-                os.replace(aside, folder / "config.yaml")
-        except UserError as error:
-            problem = [str(error)]
-        except OSError as error:
-            problem = [f"{folder}: cannot be written ({error.strerror}); choose another run.dir"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise UserError(problem[0])
-
-
-def run_state(config: Config, step: int, stream: TrainStream, tok, state: dict, numbers: Numbers, meter: Meter) -> dict:
-    """state.json: what a checkpoint knows beside its tensors."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "mosaicml-streaming", "numpy")}
-    return dict(step=step, tokens=meter.tokens(step), config=config.model_dump(), data_history=state["data_history"],
-                next_samples=stream.fingerprint(step), tokenizer=tok.to_json(), world_size=dist.get_world_size(),
-                skipped_steps=numbers.skipped,
-                recent_losses=[x if math.isfinite(x) else None for x in numbers.recent(step)[-numbers.RECENT:]],
-                versions=dict(nanogpt=__version__, python=sys.version.split()[0], **versions))
-
 
 def introduce(meter: Meter, config: Config, stream: TrainStream, model, resumed, state):
     """The run in a few lines."""

@@ -19,7 +19,7 @@ def make(options=(), seed=1):
     from nanogpt.config import Config, load_config
     from nanogpt.optim import make_optimizer
     from nanogpt.sharding import build
-    from nanogpt.train import init_process_group
+    from nanogpt.ranks import init_process_group
     file = f"/tmp/nanogpt-test-{os.getpid()}.yaml"
     with open(file, "w") as f:
         f.write("data: {path: none}\ntrain: {max_steps: 1, global_batch_size: 4, micro_batch_size: 1, compile: false,"

@@ -29,7 +29,8 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, stream, tokenizer, train
+from nanogpt import checkpoint, health, stream, tokenizer, train
+from nanogpt import resume as resuming
 from nanogpt.config import Config, load_config
 from nanogpt.errors import UserError
 from nanogpt.generate import generate, load_run
@@ -270,10 +271,10 @@ def run(alone, data):
     _, config, _ = data
     source = stream.TrainStream(config)
     config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(vocab_size=source.vocab_size))))
-    tok, start = tokenizer.from_json(source.card["tokenizer"]), train.new_state(source)
+    tok, start = tokenizer.from_json(source.card["tokenizer"]), resuming.new_state(source)
     model = build(config, CPU)
     meter = Meter(config, CPU, 1, 1, writes=False, state=start)
-    state = train.run_state(config, 3, source, tok, start, train.Numbers(config, start, CPU), meter)
+    state = resuming.run_state(config, 3, source, tok, start, health.Numbers(config, start, CPU), meter)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", 2, 0, async_save=False)
     saver.save(model, make_optimizer(model, config.optim), state)
     assert saver.wait()
@@ -314,8 +315,8 @@ def resume(run, **options):
     _, config, source, *_ = run
     config = config.model_copy(update=dict(run=config.run.model_copy(update=options)))
     source.first_step = 0
-    path, state = train.starting_point(config, source, [])
-    train.Numbers(config, state, CPU).recent(state["step"])
+    path, state = resuming.starting_point(config, source, [])
+    health.Numbers(config, state, CPU).recent(state["step"])
     meter = Meter(config, CPU, 1, 1, writes=False, state=state)
     assert f"{state['step']} on {state['world_size']} {train.changes(state['config'], config.model_dump())}"
     assert source.fingerprint(state["step"]) and json.dumps(state)

@@ -21,7 +21,7 @@ import xxhash
 import yaml
 from test_fuzz import CONFIG, alone, changed, data, here, run  # noqa: F401
 
-from nanogpt import checkpoint, tokenizer, train
+from nanogpt import checkpoint, resume, tokenizer
 from nanogpt.config import load_config
 from nanogpt.errors import UserError
 from nanogpt.generate import load_run
@@ -107,8 +107,8 @@ def test_checkpoints_of_nanogpt_are_not_opened(run, data, tmp_path, trace, monke
         options = [f"--data.path={data[0]}", "--model.block_size=64", f"--run.dir={tmp_path / 'run'}"]
         resuming, tuning = (load_config([str(data[0].parent / "good.yaml"), *options, f"--run.{key}={path}"])
                             for key in ("resume", "init_from"))
-        refused("no complete checkpoint there", train.starting_point, resuming, stream, [])
-        refused("no complete checkpoint there", train.load_weights, model, tuning, tokenizer.ByteTokenizer())
+        refused("no complete checkpoint there", resume.starting_point, resuming, stream, [])
+        refused("no complete checkpoint there", resume.load_weights, model, tuning, tokenizer.ByteTokenizer())
         refused("no complete checkpoint there", tool, monkeypatch, "sample", "--run", path, "--device", "cpu")
 
 

@@ -75,7 +75,7 @@ def test_a_sample_that_comes_twice_in_an_epoch_is_found(trials, known):
     """In both runs alike: they agree with each other, and are wrong."""
     for trial in trials:
         for file in (trial.folder / "seen").glob("*.*"):
-            data, place, changed = bytearray(file.read_bytes()), 0, False
+            data, place = bytearray(file.read_bytes()), 0
             while place < len(data):
                 step, n = struct.unpack_from("<II", data, place)
                 for i in range(n):
