@@ -299,8 +299,8 @@ def read_state(path: Path) -> dict:
     state = read_json(path / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state)
-        raise UserError(f"{path}/state.json: its format is {found!r:.60}, this version reads {FORMAT}; go on with the version "
-                        "that wrote it, or start another run.name")
+        raise UserError(f"{path}/state.json: its format is {found!r:.60}, this version reads {FORMAT}; go on with the "
+                        "version that wrote it, or start another run.name")
     try:
         state["recent_losses"] = State.model_validate(state).recent_losses  # floats, where JSON has whole numbers too
     except ValidationError as error:
@@ -371,7 +371,8 @@ class SafeReader(dcp.FileSystemReader):
 def _is_whole(item) -> bool:
     """name -> a tensor, and chunks that lie within it and have as many elements."""
     name, tensor = item
-    return (type(name) is str and name.isprintable() and isinstance(tensor, TensorStorageMetadata) and isinstance(tensor.size, torch.Size)
+    return (type(name) is str and name.isprintable()
+            and isinstance(tensor, TensorStorageMetadata) and isinstance(tensor.size, torch.Size)
             and all(len(c.offsets) == len(c.sizes) == len(tensor.size) for c in tensor.chunks)
             and all(0 <= at <= at + n <= end for c in tensor.chunks for at, n, end in zip(c.offsets, c.sizes, tensor.size))
             and sum(math.prod(c.sizes) for c in tensor.chunks) == math.prod(tensor.size))
@@ -398,7 +399,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise UserError(f".metadata: names {module + '.' + name!r:.100}, which no checkpoint of ours holds; it is refused unread")
+        raise UserError(f".metadata: names {module + '.' + name!r:.100}, which no checkpoint of ours holds; it is refused "
+                        "unread")
 
 
 def _hash(path: Path) -> str:

@@ -50,8 +50,8 @@ class Numbers:
             step = steps[self.allowed]
             raise UserError(f"step {step + 1}: loss or gradient is not finite (loss of step {done}: "
                             f"{self.losses[(done - 1) % len(self.losses)].item():g}); it was not applied. "
-                            f"{samples_of(stream, step, meter)}. The last checkpoint is good: try a lower optim.learning_rate, "
-                            f"or leave out such steps with --train.max_skipped_steps {self.allowed + 1}")
+                            f"{samples_of(stream, step, meter)}. The last checkpoint is good: try a lower "
+                            f"optim.learning_rate, or leave out such steps with --train.max_skipped_steps {self.allowed + 1}")
         if new := steps[len(self.skipped):n]:
             self.skipped += new
             told["skipped_steps"] = [step + 1 for step in new]

@@ -20,7 +20,8 @@ from nanogpt.stream import TrainStream
 def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> tuple[Path | None, dict]:
     """(checkpoint to resume from, its state.json), or (None, the state of a new run). Tells the stream where it begins.
 
-    A damaged newest checkpoint is passed over, loudly, where an older one is whole. Raises UserError on what does not fit.
+    A damaged newest checkpoint is passed over, loudly, where an older one is whole. Raises UserError on what does not
+    fit.
     """
     found = [checkpoint.published(config.run_dir / "checkpoints")]
     dist.broadcast_object_list(found, src=0)  # a network file system may show other ranks another folder

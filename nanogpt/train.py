@@ -40,7 +40,8 @@ def train(config: Config, device: torch.device) -> dict:
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
     stream = TrainStream(config)
-    splits = {"train": stream.splits, "val": [Split(config, "val", s.path) for s in stream.splits if "val" in s.card["splits"]]}
+    splits = {"train": stream.splits,
+              "val": [Split(config, "val", s.path) for s in stream.splits if "val" in s.card["splits"]]}
     config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(vocab_size=stream.vocab_size))))
     tok = tokenizer.from_json(stream.card["tokenizer"])
     token_bytes = torch.from_numpy(tok.token_bytes()).to(device)

@@ -115,7 +115,8 @@ class Trial:
             command += [f"--sharding.shard_size={layout['shard_size']}"]
         if layout["ranks"] > 1:
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={layout['ranks']}"]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+        under_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        environment = {k: v for k, v in os.environ.items() if k not in under_torchrun}
         environment |= dict(PROVE_ATTEMPT=f"{self.attempts:04}", CUDA_VISIBLE_DEVICES="")
         self.out = open(self.folder / f"attempt-{self.attempts:04}.txt", "w")
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self.out, stderr=subprocess.STDOUT,
@@ -238,7 +239,8 @@ def killed_run(trial: Trial, kills: int, choose: random.Random) -> int:
             raise UserError(f"four starts in a row failed by themselves; see {trial.out.name}")
         name = "hybrid/" + str(layout["shard_size"]) if layout["strategy"] == "hybrid" else layout["strategy"]
         print(f"{kill + 1:>4}  {layout['ranks']:>5} {layout['micro']:>5} {name:<10} {trial.resumed_from():>9}  "
-              f"{NAMES[what]:<21} {'' if what == START else at + 1:>7}  {killed:<8} {time.monotonic() - began:>4.0f}s", flush=True)
+              f"{NAMES[what]:<21} {'' if what == START else at + 1:>7}  {killed:<8} {time.monotonic() - began:>4.0f}s",
+              flush=True)
     for attempt in range(4):
         layout = draw_layout(choose, layout)
         process = trial.start(layout)
@@ -358,7 +360,8 @@ def make_data(folder: Path, choose: random.Random, steps: int) -> tuple[Path, li
     made = []
     words = steps * BATCH * BLOCK // 18  # of 6 characters
     for name, words, stride in (("a", words, BLOCK), ("b", words // 4, BLOCK * 5 // 8))[:1 if kind == "one dataset" else 2]:
-        text = " ".join(f"{choose.choice(('yes', 'no', 'not', 'one', 'all'))}{choose.randrange(1000)}" for _ in range(words))
+        drawn = (f"{choose.choice(('yes', 'no', 'not', 'one', 'all'))}{choose.randrange(1000)}" for _ in range(words))
+        text = " ".join(drawn)
         (folder / f"{name}.txt").write_text(text)
         made.append(folder / name)
         subprocess.run([sys.executable, str(ROOT / "tools" / "convert_text_to_mds.py"), "--input", str(folder / f"{name}.txt"),
@@ -367,7 +370,8 @@ def make_data(folder: Path, choose: random.Random, steps: int) -> tuple[Path, li
     if len(made) == 1:
         data = f"path: {made[0]}"
     else:
-        data = f"train: [{{path: {made[0]}, proportion: 0.7}}, {{path: {made[1]}, proportion: 0.3}}], mixture: {kind.split()[1]}"
+        data = (f"train: [{{path: {made[0]}, proportion: 0.7}}, {{path: {made[1]}, proportion: 0.3}}], "
+                f"mixture: {kind.split()[1]}")
     nodes, algo = choose.choice([1, 3, 8]), choose.choice(["py1e", "py1br", "py1s"])
     # No biases: that of the keys cancels out in softmax, so its gradient is rounding alone, which AdamW makes steps of.
     config = folder / "config.yaml"
@@ -460,8 +464,10 @@ def main():
         return rank(Path(sys.argv[2]), sys.argv[4:])
     parser = Parser(description=__doc__.splitlines()[0], epilog="Status 0: nothing differs.")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often the run is killed")
-    parser.add_argument("--seed", type=int, default=None, metavar="N", help="of data, moments and layouts; drawn if not given")
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="a new folder that keeps all of it; else removed")
+    parser.add_argument("--seed", type=int, default=None, metavar="N",
+                        help="of data, moments and layouts; drawn if not given")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR",
+                        help="a new folder that keeps all of it; else removed")
     parser.add_argument("--start-times", action="store_true", help="compare the start at step 100,000 with that at step 10")
     args = parser.parse_args()
     if args.kills < 1:
