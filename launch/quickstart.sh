@@ -120,7 +120,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 sys.path[:0] = [".", "tools"]
-from inspect_mds import read_index, read_samples
+from inspect_mds import read_index, read_shard
 from nanogpt.shards import load_dataset_card
 from nanogpt.tokenizer import from_json
 
@@ -128,8 +128,8 @@ data, run = map(Path, sys.argv[1:])
 records = [json.loads(line) for line in open(run / "metrics.jsonl")]
 last = [r for r in records if "val_loss" in r][-1]
 card, config = load_dataset_card(data), yaml.safe_load(open(run / "config.yaml"))
-samples = read_samples(data / "val", read_index(data / "val", card), card)
-targets = np.concatenate([s[1:] for s in samples])[:config["eval"]["sequences"] * config["model"]["block_size"]]
+samples = np.concatenate([read_shard(data / "val", shard, card) for shard in read_index(data / "val", card)])
+targets = samples[:, 1:].flatten()[:config["eval"]["sequences"] * config["model"]["block_size"]]
 text = from_json(card["tokenizer"]).decode_bytes(targets)
 print(f"validation   {last['val_loss']:.4f} nats a byte = {last['val_bits_per_byte']:.4f} bits/byte")
 xz = 8 * len(lzma.compress(text, preset=9)) / len(text)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from nanogpt.errors import UserError
 
@@ -164,6 +164,7 @@ class Config(Section):
     sharding: Sharding = Field(default_factory=Sharding)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     log: Log = Field(default_factory=Log)
+    _before: tuple[int, int] = PrivateAttr((0, 0))  # steps and tokens until the data last changed: train.py knows
 
     @property
     def run_dir(self) -> Path:
@@ -176,7 +177,8 @@ class Config(Section):
     @property
     def max_steps(self) -> int:
         """Optimizer steps of the whole run: the smaller of max_steps and max_tokens / tokens_per_step, rounded up."""
-        by_tokens = -(-self.train.max_tokens // self.tokens_per_step) if self.train.max_tokens else None
+        steps, tokens = self._before
+        by_tokens = steps - (tokens - self.train.max_tokens) // self.tokens_per_step if self.train.max_tokens else None
         return min(n for n in (self.train.max_steps, by_tokens) if n is not None)
 
     def accumulation(self, world_size: int) -> int:

@@ -48,7 +48,8 @@ def train(config: Config, device: torch.device) -> dict:
     take_run_folder(config, make=False)
     warnings = []
     resumed, state = starting_point(config, stream, warnings)
-    first_step = state["step"]
+    first_step, era = state["step"], state["data_history"][-1]
+    config._before = era["from_step"], era["tokens"]  # with another batch size, train.max_tokens is other steps
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
     model = build(config, device)
@@ -118,7 +119,11 @@ def train(config: Config, device: torch.device) -> dict:
         if evaluates or saves or done == first_step + 1 or due(done, config.log.interval):
             record = meter.record(done, loss.item(), lr, norm.item())            # the host waits for the device here
             guard.first = False
-            record |= numbers.look(done, stream, meter)
+            try:
+                record |= numbers.look(done, stream, meter)
+            except UserError:
+                saver.wait()  # the checkpoint under way is of a good step
+                raise
             with meter.not_training():
                 if evaluates:
                     guard.at(done, "evaluation")
@@ -139,7 +144,8 @@ def train(config: Config, device: torch.device) -> dict:
     # ---- end --------------------------------------------------------------------------------------------------------
     gc.enable()
     if signal_name and done > saved_step:
-        numbers.look(done, stream, meter)
+        if told := numbers.look(done, stream, meter):
+            meter.log(meter.record(done, loss.item(), lr, norm.item()) | told)
         guard.at(done, "checkpoint")
         saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter))
     guard.at(done, "checkpoint")

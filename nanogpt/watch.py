@@ -8,6 +8,7 @@ others: a thread in each of them notices, says which one it is and in which step
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import select
@@ -63,7 +64,7 @@ class Watch:
 
     def __init__(self, run: Run, device: torch.device):
         self.run, self.rank, self.world_size = run, dist.get_rank(), dist.get_world_size()
-        self.step, self.phase, self.idle, self.longest = 0, "start", 0.0, 0.0
+        self.step, self.phase, self.idle, self.longest, self.ask_after = 0, "start", 0.0, 0.0, run.timeout_s
         self.first = True           # the first step is not done: it compiles, and may take its time
         self.vote, self.votes = torch.zeros(1, dtype=torch.int32), None
         self.store = None
@@ -82,7 +83,7 @@ class Watch:
         """The loop has come to this phase of step `step` (counted from 1, as everywhere in what a user reads)."""
         if not self._patient():
             self.longest = max(self.longest, self.idle)
-        self.step, self.phase, self.idle = step, phase, 0.0
+        self.step, self.phase, self.idle, self.ask_after = step, phase, 0.0, self.run.timeout_s
 
     def asked_to_stop(self) -> str | None:
         """The signal, if any rank had one; the same answer on all ranks. Call it once a step, on all.
@@ -131,6 +132,11 @@ class Watch:
             limit = self.run.first_timeout_s if self._patient() else max(self.run.timeout_s, 4 * self.longest)
             if self.idle > limit:
                 self._end(f"no progress for {self.idle:.0f} s")
+            # Compiling and saving may take long; a rank that does not even beat meanwhile is gone.
+            if self.store and self._patient() and self.idle > self.ask_after:
+                self.ask_after = self.idle + self.run.timeout_s
+                if self._silent(max(3 * BEAT_S, self.run.timeout_s / 4)):
+                    self._end(f"no progress for {self.idle:.0f} s")
             if asked_at and self.phase == "start":  # nothing to save yet, and perhaps a collective that has no end
                 if self.rank == 0:
                     print("stopped by a signal before the first step: there is nothing new to save", flush=True)
@@ -142,17 +148,26 @@ class Watch:
         os.close(self.ear)
 
     def _beat(self):
-        number = 0
-        while not self.ended.wait(BEAT_S):
-            number += 1
+        for number in itertools.count():
             with contextlib.suppress(Exception):  # the store is not the run: if its host is gone, the guard will notice
                 self.store.set(f"rank {self.rank}", json.dumps(dict(
                     number=number, step=self.step, phase=PHASES.index(self.phase), host=socket.gethostname())))
+            if self.ended.wait(BEAT_S):
+                return
 
     def _beats(self) -> dict[int, dict]:
         """What each rank last said. A beat that stays the same is of a rank that is gone."""
         known = [r for r in range(self.world_size) if self.store.check([f"rank {r}"])]
         return {r: json.loads(self.store.get(f"rank {r}")) for r in known}
+
+    def _silent(self, seconds: float) -> bool:
+        """Whether a rank, or the store itself, says nothing new for so long."""
+        try:
+            before = self._beats()
+            time.sleep(seconds)
+            return any(beat == before.get(r) for r, beat in self._beats().items())
+        except Exception:
+            return True
 
     def _end(self, why: str):
         if self.ended.is_set():

@@ -121,7 +121,8 @@ def refused(runs, name, data, changed: dict, *options, world_size=1):
     for stopped, said, rows in runs.attempt(name, data, 25, *options, world_size=world_size):
         assert sorted(stopped.splitlines()) == sorted(
             f"{path}: {key} is {now} now and was {was}: the samples would come in another order; take the old value, "
-            "start another run.name, or accept it with --run.allow_data_change true" for key, (was, now) in changed.items())
+            "start another run.name, or accept it with --run.allow_data_change true"
+            for key, (was, now) in changed.items())
         assert rows == []
     assert contents(runs.folder / name) == before
 
@@ -161,7 +162,8 @@ def test_the_dataset_may_not_change(runs, single, mixture, text_dataset, three):
             more | {"data.train.0 proportion": (2 / 3, 0.6), "data.train.1 proportion": (1 / 3, 0.3)})
     facts = {"index.json sha256": index, "samples per epoch": samples, "proportion": {a: 2 / 3, b: 1 / 3}.get}
     refused(runs, "mixture", {b: 3, a: 6}, {  # the order of the datasets is part of it
-        f"data.train.{i} {what}": (of(was), of(now)) for i, was, now in ((0, a, b), (1, b, a)) for what, of in facts.items()})
+        f"data.train.{i} {what}": (of(was), of(now))
+        for i, was, now in ((0, a, b), (1, b, a)) for what, of in facts.items()})
     # The same proportions in other numbers, and the same dataset in another place, are no change.
     shutil.copytree(b, runs.folder / "moved")
     runs.copy("mixture", "mixture-moved")
@@ -180,8 +182,9 @@ def test_another_order_with_all_settings_the_same_is_refused(runs, single, text_
     stopped, _, rows = runs.attempt("libraries", text_dataset, 25)[0]
     libraries = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
     assert "torch 2." in libraries and "mosaicml-streaming 0." in libraries
-    assert stopped.startswith(f"{path}: the order of step 11, with all settings the same (libraries then: {libraries}), "
-                              f"is {right} now and was {'0' * 32}: ") and "\n" not in stopped and rows == []
+    assert stopped.startswith(f"{path}: the order of step 11, with all settings the same (libraries then: "
+                              f"{libraries}), is {right} now and was {'0' * 32}: ")
+    assert "\n" not in stopped and rows == []
     assert contents(folder) == before
     # Where it is allowed, the order that there is now begins anew.
     metrics = runs("libraries", text_dataset, 14, "--run.allow_data_change=true")
@@ -277,13 +280,23 @@ def test_what_a_change_costs_in_a_later_epoch_and_from_a_mixture(runs, three):  
     steps = n // 4 + 2  # 4 samples each: an epoch, and a little of the second
     runs("small", c, steps)
     said = runs.attempt("small", {b: 1, c: 1}, steps + 2, "--run.allow_data_change=true")[0][1]
-    assert f"after step {steps} and is read from its beginning: {steps * 4 - n} of {n} samples of the epoch under" in said
+    assert f"after step {steps} and is read from its beginning: {steps * 4 - n} of {n} samples of the epoch" in said
     assert "number of datasets was None and is 2 now" in said and "samples per epoch was" in said
     said = runs.attempt("small", c, steps + 3, "--run.allow_data_change=true")[0][1]
     assert f"after step {steps + 2} and is read from its beginning: up to 8 samples of the epoch under way" in said
     metrics = strict(runs.folder / "small" / "metrics.jsonl")
     losses = plain([*runs.batches(c, *range(steps)), *runs.batches({b: 1, c: 1}, 0, 1), *runs.batches(c, 0)])
     assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
+
+
+def test_max_tokens_after_a_change_of_the_batch(runs, single, text_dataset):
+    """12 steps of 256 tokens are done in 10 of these and 1 of 512; and a later resume knows."""
+    runs.copy(single, "tokens")
+    options = ["--train.global_batch_size=16", "--train.max_tokens=3072"]
+    for allow in ("true", "false"):
+        metrics = runs("tokens", text_dataset, 25, *options, f"--run.allow_data_change={allow}")
+        assert [(m["step"], m["tokens"]) for m in metrics[9:]] == [(10, 2560), (11, 3072)]
+    assert [m["step"] for m in runs("tokens", text_dataset, 25, options[0], "--train.max_tokens=3073")[9:]] == [10, 11, 12]
 
 
 def test_another_tokenizer_is_refused_whatever_is_allowed(runs, single, three, tmp_path):  # noqa: F811
@@ -301,13 +314,13 @@ def test_another_tokenizer_is_refused_whatever_is_allowed(runs, single, three, t
 @pytest.mark.parametrize("method", ["random", "stratified"])
 def test_a_mixture_is_the_plain_loop_on_any_ranks_and_over_stops(runs, three, method):  # noqa: F811
     data, option = {path: share for path, share in zip(three, (5, 3, 2))}, f"--data.mixture={method}"
-    losses = plain(runs.batches(data, *range(20), options=[option]))
-    one = runs(f"one-{method}", data, 20, option)
-    runs(f"parts-{method}", data, 9, option, world_size=2)
-    parts = runs(f"parts-{method}", data, 20, option)
-    two = runs(f"two-{method}", data, 20, option, world_size=2)
+    losses = plain(runs.batches(data, *range(13), options=[option]))
+    one = runs(f"one-{method}", data, 13, option)
+    runs(f"parts-{method}", data, 7, option, world_size=2)
+    parts = runs(f"parts-{method}", data, 13, option)
+    two = runs(f"two-{method}", data, 13, option, world_size=2)
     for metrics in (one, two, parts):
-        assert [m["step"] for m in metrics] == list(range(1, 21))
+        assert [m["step"] for m in metrics] == list(range(1, 14))
         assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
 
 

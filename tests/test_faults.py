@@ -260,6 +260,37 @@ def test_max_restarts_brings_a_run_back_by_itself(small_run, plain_loop):  # noq
     assert len(said) == 1 and "nothing is heard of rank 1 (" in said[0] and "step " in said[0], err
 
 
+HANGS_IN_A_SAVE = """
+import os, runpy, signal, sys
+sys.path.insert(0, ".")
+from nanogpt import checkpoint
+save = checkpoint.Saver.save
+def hang(*args):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return save(*args)
+checkpoint.Saver.save = hang
+sys.argv[0] = "launch/train.sh"
+runpy.run_path("launch/train.sh", run_name="__main__")
+"""
+
+
+def test_a_rank_that_hangs_in_a_save_is_not_waited_for(small_run, tmp_path):  # noqa: F811
+    """A save may take half an hour, but not with a rank that gives no sign of life."""
+    (tmp_path / "hangs.py").write_text(HANGS_IN_A_SAVE)
+    words = command(small_run, "hangs", "--checkpoint.interval=2", "--run.timeout_s=3")
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen([*TORCHRUN, str(tmp_path / "hangs.py"), *words[2:]], cwd=ROOT, env=ENV, stderr=err,
+                                   stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        until(lambda: "error: " in (tmp_path / "err").read_text(), process, seconds=60)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "nothing is heard of rank 1 (" in (tmp_path / "err").read_text()
+    assert "rank 0" in (tmp_path / "err").read_text() and "step 2, checkpoint" in (tmp_path / "err").read_text()
+
+
 def test_a_killed_rank_without_restarts_is_told_in_one_line(small_run):  # noqa: F811
     process = started(small_run, "alone", *SLOWLY, launcher=WITHIN)
     os.kill(ranks_of(process)[1], signal.SIGKILL)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_train import SMALL, STEPS, small_run  # noqa: F401
 
-from nanogpt.errors import UserError
+from nanogpt.errors import Stopped, UserError
 from nanogpt.meter import loss_spikes, take_back
 
 MICRO = "--train.micro_batch_size=2"
@@ -31,11 +31,14 @@ def strict(path: Path) -> list[dict]:
 
 # ---- runs in which some steps go wrong ------------------------------------------------------------------------------
 
+SIGTERM = "asked to stop, and nothing wrong"
 NAN, INF, GRADIENT = "a loss that is NaN", "an infinite loss, a finite gradient", "a finite loss, a NaN gradient"
 
 
 def spoil(out: torch.Tensor, how) -> torch.Tensor:
     """What the model gives, made bad. how: one of the above, or a factor."""
+    if how == SIGTERM:
+        return out
     if how == INF:
         return out + math.inf
     if how == GRADIENT:
@@ -48,11 +51,14 @@ def spoil(out: torch.Tensor, how) -> torch.Tensor:
 def disturbed(argv: list[str], bad: dict, bad_rank: int) -> str | None:
     """One rank of a run in which, on one rank, steps go wrong: {step (from 1): how}. Returns what stopped it."""
     import nanogpt.train as training
+    from nanogpt import watch
     from nanogpt.config import load_config
     build, learning_rate, now = training.build, training.learning_rate, [0]
 
     def begins(step, config):
         now[0] = step + 1
+        if bad.get(now[0]) == SIGTERM:
+            watch.asked.append("SIGTERM")
         return learning_rate(step, config)
 
     def at_its_end(model, args, out):
@@ -67,7 +73,7 @@ def disturbed(argv: list[str], bad: dict, bad_rank: int) -> str | None:
     with mock.patch.object(training, "build", hooked), mock.patch.object(training, "learning_rate", begins), ONE_THREAD:
         try:
             training.start(load_config(argv, int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])))
-        except UserError as error:
+        except (UserError, Stopped) as error:
             return str(error)
 
 
@@ -212,6 +218,16 @@ def test_more_than_may_be_between_two_looks_stops_before_the_next_save(small_run
     assert [m["loss"] for m in metrics] == pytest.approx([losses[0], *losses[9:]], rel=1e-4)
 
 
+def test_between_the_last_look_and_a_signal(small_run, bad_run, without):  # noqa: F811
+    """A run that is asked to stop still tells of a step that was left out since its last line."""
+    options = ["--train.max_skipped_steps=1", "--log.interval=10"]
+    metrics, stopped = bad_run("asked", 1, {7: NAN, 8: SIGTERM}, *options)
+    assert stopped == "" and [m["step"] for m in metrics] == [1, 8] and told_skipped(metrics) == {8: [7]}
+    metrics, stopped = bad_run("asked", 2, {}, *options, steps=12)
+    assert [m["step"] for m in metrics] == [1, 8, 9, 10, 12] and told_skipped(metrics) == {8: [7]}
+    assert metrics[-1]["loss"] == pytest.approx(without(7)[11], rel=1e-4)
+
+
 @pytest.mark.parametrize("bad_step", [1, 6])
 def test_just_before_a_checkpoint_and_an_evaluation(small_run, bad_run, without, bad_step):  # noqa: F811
     """What is evaluated and saved after a bad step is what was there before: at the very first, the initial weights."""
@@ -311,8 +327,7 @@ def test_a_spike_is_told_once_whenever_one_looks_and_whatever_was_restarted(smal
     assert spikes(whole) == {45: [45]}
     assert whole[44]["loss"] == pytest.approx(4 * ordinary[44]["loss"], rel=1e-4)
     log = (folder / "spike" / "log.txt").read_text()
-    assert f"spike at step 45: loss {whole[44]['loss']:.4f}; python tools/inspect_mds.py --run {folder / 'spike'} --step " \
-        in log
+    assert f"spike at step 45: loss {whole[44]['loss']:.4f}; python tools/inspect_mds.py --run {folder}/spike" in log
     assert log.count("spike at") == 1
     whole, _ = bad_run("spike", 1, bad, steps=62)  # it is still among the recent losses, and has been told
     assert len(whole) == 62 and spikes(whole) == {45: [45]}
