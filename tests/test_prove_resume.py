@@ -107,6 +107,11 @@ def test_weights_that_differ_are_found(trials):
     assert any("differs by" in problem for problem in prove_resume.compare_weights(one, other))
 
 
+def test_start_times(tmp_path, capsys):
+    prove_resume.start_times(tmp_path, 1, 1)
+    assert "resume at step 100,000: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options, said", [(["--kills", "0"], "--kills: 0 is below 1"),
                                            (["--out", "."], "--out: . exists already"),
                                            (["--kill"], "expected one argument")])

@@ -378,7 +378,7 @@ def make_data(folder: Path, choose: random.Random, steps: int) -> tuple[Path, li
     config.write_text(f"""
 data: {{{data}, num_canonical_nodes: {nodes}, shuffle_algo: {algo}, shuffle_seed: {choose.randrange(1000)}}}
 model: {{n_layer: 2, n_head: 2, n_embd: 32, block_size: {BLOCK}, bias: false}}
-optim: {{learning_rate: 1.0e-3, warmup_steps: 10}}
+optim: {{learning_rate: 1.0e-3, warmup_steps: 5}}
 train: {{global_batch_size: {BATCH}, precision: float32, compile: false}}
 eval: {{interval: 4, sequences: 48}}
 checkpoint: {{interval: 3, keep_last: 2}}
@@ -433,7 +433,7 @@ def start_times(folder: Path, repeats: int, seed: int):
     for other in checkpoint.published(there.parent)[:-1]:
         shutil.rmtree(other)
     state = checkpoint.read_state(there)
-    stream = TrainStream(load_config([str(config), "--train.max_steps=1", f"--train.micro_batch_size={BATCH}"]))
+    stream = TrainStream(load_config([str(config), f"--train.max_steps={late}", f"--train.micro_batch_size={BATCH}"]))
     state |= dict(step=late, tokens=late * BATCH * BLOCK, next_samples=stream.fingerprint(late))
     (there / "state.json").write_text(json.dumps(state))
     checkpoint.write_manifest(there)
