@@ -210,7 +210,7 @@ def warn_of_short_grace(meter: Meter, config: Config, saver, record: dict):
         saver.warned_of_grace = True
         meter.say(f"warning: to finish a step and save takes {needed:.1f} s, and SIGKILL follows SIGTERM after "
                   f"{config.run.grace_s:g} s (run.grace_s): a preemption would lose the steps since the last "
-                  f"checkpoint. Give more time (torchrun --shutdown-timeout, SLURM's --signal=USR1@SECONDS), or save "
+                  f"checkpoint. Give more time (SLURM's --signal=USR1@SECONDS; newer torchruns' --shutdown-timeout), or save "
                   f"more often than every {config.checkpoint.interval} steps")
 
 

@@ -241,7 +241,7 @@ def ranks_of(process) -> list[int]:
 
 def test_max_restarts_brings_a_run_back_by_itself(small_run, plain_loop):  # noqa: F811
     """One rank is killed; after the restart one hangs. torchrun starts the ranks again, and the run is the same."""
-    process = started(small_run, "restarts", *SLOWLY, "--checkpoint.interval=2", "--run.timeout_s=3",
+    process = started(small_run, "restarts", *SLOWLY, "--checkpoint.interval=2", "--run.timeout_s=5",
                       launcher=[*TORCHRUN, "--max-restarts=2"])
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     log = small_run.folder / "restarts" / "log.txt"
