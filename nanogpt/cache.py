@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from nanogpt.config import Config
 from nanogpt.errors import UserError
-from nanogpt.shards import import_streaming
+from nanogpt.shards import file_hash, import_streaming
 
 streaming = import_streaming()
 import streaming.base.dataset as internals  # noqa: E402
@@ -42,8 +42,6 @@ PATIENCE_S = 60             # so after this long there is no further attempt, bu
 def open_dataset(folder: Path, remote: str | None, split: str, config: Config) -> "Dataset":
     """StreamingDataset over folder/split, or over remote/split with folder as its cache."""
     index = folder / split / "index.json"
-    if remote is None and not index.exists():
-        raise UserError(f"{index}: is missing; copy it again, or convert the text again")
     _check_shared_memory()
     made = []  # shared memory, by this rank
 
@@ -291,19 +289,11 @@ def damage(path: Path, info, hashed: bool = True) -> str | None:
         if size != info.bytes:
             return f"has {size} of {info.bytes} bytes"
         expected = info.hashes.get("xxh64")  # shards made elsewhere may have none
-        if hashed and expected and _xxh64(path) != expected:
+        if hashed and expected and file_hash(path, xxhash.xxh64()) != expected:
             return "has changed since it was written"
     except FileNotFoundError:
         return "is missing"
     return None
-
-
-def _xxh64(path: Path) -> str:
-    digest = xxhash.xxh64()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def one_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from nanogpt.errors import UserError
+from nanogpt.shards import file_hash
 
 FORMAT = 2  # 1 knew no mixtures, and left out the remainder of an epoch
 
@@ -146,7 +147,6 @@ class Saver:
         self.failure = None
         return failed[0] is None
 
-
     def tell(self):
         """Rank 0: warns, once, if the save in the background has failed."""
         if self.published.is_set() and self.failure is not None and not self.told:
@@ -164,8 +164,8 @@ def _reason(error: BaseException) -> str:
 
 def write_manifest(folder: Path):
     """Size and hash of every file of a checkpoint."""
-    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": _hash(p)} for p in sorted(folder.iterdir())
-             if p.name != "manifest.json"}
+    files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": file_hash(p, xxhash.xxh3_128())}
+             for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
     _write(folder / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
 
 
@@ -225,7 +225,7 @@ def verify(path: Path):
                 raise UserError(f"{file}: is missing")
             if file.stat().st_size != expected["bytes"]:
                 raise UserError(f"{file}: has {file.stat().st_size} of {expected['bytes']!r:.20} bytes")
-            if _hash(file) != expected["xxh3_128"]:
+            if file_hash(file, xxhash.xxh3_128()) != expected["xxh3_128"]:
                 raise UserError(f"{file}: its content has changed since it was written")
     except UserError as error:
         problem = str(error)
@@ -401,14 +401,6 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         raise UserError(f".metadata: names {module + '.' + name!r:.100}, which no checkpoint of ours holds; it is refused "
                         "unread")
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _write(path: Path, text: str):

@@ -54,9 +54,7 @@ def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> 
         return None, new_state(stream)
     now = state["data_history"][-1]
     stream.first_step = now["from_step"]
-    different = {key: (now["identity"].get(key), value) for key, value in stream.identity().items()
-                 if now["identity"].get(key) != value}
-    different |= {key: (value, None) for key, value in now["identity"].items() if key not in stream.identity()}
+    different = stream.differences(now["identity"])
     if not different and stream.fingerprint(state["step"]) != state["next_samples"]:
         libraries = ", ".join(f"{name} {version}" for name, version in state["versions"].items())
         different = {f"the order of step {state['step'] + 1}, with all settings the same (libraries then: {libraries}),":
@@ -109,7 +107,7 @@ def load_weights(model, config: Config, tok):
     checkpoint.verify(path)
     known = checkpoint.read_state(path)["tokenizer"]
     if known["fingerprint"] != tok.fingerprint:
-        raise UserError(f"{path}: its tokenizer is {known['name']}, that of {config.data.path} is {tok.name} (another "
+        raise UserError(f"{path}: its tokenizer is {known['name']}, that of {config.data.sources[0].path} is {tok.name} (another "
                         "fingerprint): convert the text with the same one")
     checkpoint.load(path, model)
 

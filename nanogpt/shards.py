@@ -49,6 +49,14 @@ def import_streaming():
     return sys.modules["streaming"]
 
 
+def file_hash(path: Path, digest) -> str:
+    """The hex digest of a file by an xxhash object, read in blocks. OSError: it cannot be read."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, block_size: int, *,

@@ -199,7 +199,6 @@ class TrainStream:
 
     def identity(self) -> dict:
         """All that decides which sequences a step sees. A run is resumed only where this is unchanged."""
-        several = {}
         if len(self.splits) > 1:
             several = {"data.mixture": self.data.mixture, "number of datasets": len(self.splits)}
             for i, split in enumerate(self.splits):
@@ -219,6 +218,11 @@ class TrainStream:
             "model.block_size": self.block_size,
             "train.global_batch_size": self.global_batch_size,
         }
+
+    def differences(self, was: dict) -> dict:
+        """{key: (was, now)} of another identity and this one."""
+        now = self.identity()
+        return {key: (was.get(key), now.get(key)) for key in now | was if was.get(key) != now.get(key)}
 
     def settings(self) -> dict:
         """What a checkpoint keeps of the data: enough to know it again, and to find any step's samples later."""

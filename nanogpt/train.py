@@ -36,7 +36,7 @@ def train(config: Config, device: torch.device) -> dict:
     Raises UserError where the run cannot go on, Stopped once it is saved because a signal asked for its end.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    guard = watch.Watch(config.run, device)
+    guard = watch.Watch(config.run)
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
     stream = TrainStream(config)
@@ -70,7 +70,7 @@ def train(config: Config, device: torch.device) -> dict:
     sums_late = config.sharding.strategy in ("grad", "replicate")  # gradients stay whole until the last micro-batch
     numbers = Numbers(config, state, device)
     batches = stream.batches(first_step, last_step, rank, world_size, device)
-    done, saved, saved_step, record, signal_name = first_step, True, first_step, {}, None
+    done, saved_step, record, signal_name = first_step, first_step, {}, None
     gc.collect()
     gc.disable()  # a collection at a random moment on one rank is a wait for all: at log steps instead, on all at once
     meter.start(first_step)
@@ -143,12 +143,11 @@ def train(config: Config, device: torch.device) -> dict:
 
     # ---- end --------------------------------------------------------------------------------------------------------
     gc.enable()
+    guard.at(done, "checkpoint")
     if signal_name and done > saved_step:
         if told := numbers.look(done, stream, meter):
             meter.log(meter.record(done, loss.item(), lr, norm.item()) | told)
-        guard.at(done, "checkpoint")
         saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter))
-    guard.at(done, "checkpoint")
     saved = saver.wait()
     guard.settle()
     if first_step >= last_step:

@@ -62,7 +62,7 @@ def end():
 class Watch:
     """One in each rank, from the process group on. The loop tells it where it is."""
 
-    def __init__(self, run: Run, device: torch.device):
+    def __init__(self, run: Run):
         self.run, self.rank, self.world_size = run, dist.get_rank(), dist.get_world_size()
         self.step, self.phase, self.idle, self.longest, self.ask_after = 0, "start", 0.0, 0.0, run.timeout_s
         self.first = True           # the first step is not done: it compiles, and may take its time
@@ -166,7 +166,7 @@ class Watch:
             before = self._beats()
             time.sleep(seconds)
             return any(beat == before.get(r) for r, beat in self._beats().items())
-        except Exception:
+        except Exception:  # whatever a store raises that is gone, or behind a link that was cut
             return True
 
     def _end(self, why: str):
@@ -189,7 +189,7 @@ class Watch:
             before = self._beats()
             time.sleep(3 * BEAT_S)
             beats = self._beats()
-        except Exception:
+        except Exception:  # the same
             return _say(f"{here}, and none from the store at {os.environ['MASTER_ADDR']}: the link to it may be cut; {again}")
         silent = [r for r in range(self.world_size) if r not in beats or beats[r] == before.get(r)]
         place = {r: (b["step"], b["phase"]) for r, b in beats.items()}

@@ -94,18 +94,16 @@ def check_file(path: Path, info: dict):
     """UserError: the size or the hash of a shard's file is not that of its index."""
     import xxhash
 
-    digest = xxhash.xxh64()
+    from nanogpt.shards import file_hash
+
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
+        size, found = path.stat().st_size, file_hash(path, xxhash.xxh64())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if size != info["bytes"]:
         raise UserError(f"{path}: has {size} of {info['bytes']} bytes")
-    if digest.hexdigest() != info["hashes"]["xxh64"]:
-        raise UserError(f"{path}: is damaged (xxh64 {digest.hexdigest()}, was {info['hashes']['xxh64']})")
+    if found != info["hashes"]["xxh64"]:
+        raise UserError(f"{path}: is damaged (xxh64 {found}, was {info['hashes']['xxh64']})")
 
 
 def show_dataset(dataset: Path, samples: int, hashing: bool):
@@ -224,8 +222,7 @@ def stream_of_step(run_folder: Path, step: int, data: str | None, cache: str):
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{here}: is damaged ({type(error).__name__}: {error})") from None
     stream = open_stream(here, values, first_step, step, data, cache)
-    now = stream.identity()
-    different = [f"{key} is {now.get(key)} and was {was.get(key)}" for key in now | was if now.get(key) != was.get(key)]
+    different = [f"{key} is {now} and was {before}" for key, (before, now) in stream.differences(was).items()]
     if different and anew:
         note(f"the run was started again after step {done}, with other data, and has saved nothing since: shown is "
              "what config.yaml names, as it is now")
