@@ -276,7 +276,7 @@ class State(_Strict):
     """state.json, as train.py writes it."""
     step: Step
     tokens: int
-    config: dict[Text, dict[Text, Text | int | float | bool | list | None]]
+    config: dict[Text, dict[Text, Text | int | float | bool | list | dict | None]]
     data_history: list[Era] = Field(min_length=1)
     next_samples: Text
     tokenizer: TokenizerName

@@ -79,15 +79,67 @@ class Data(Section):
         return self.train or [Source(path=self.path)]
 
 
+class RopeScaling(Section):
+    """Rotary frequencies for a context longer than the first one (Chen et al., 2023; Llama 3.1)."""
+    kind: Literal["linear", "llama3"]
+    factor: Annotated[float, Field(ge=1, le=1e6), NoSwitch] = Field(description="how much longer")
+    low_freq_factor: Annotated[float, Field(gt=0, le=1e6), NoSwitch] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0, le=1e6), NoSwitch] = 4.0
+    original_block_size: Size = 8192
+
+
 class Model(Section):
-    """The GPT. The defaults are those of GPT-2 124M."""
+    """The GPT. The defaults are those of GPT-2 124M; with run.init_from, what is not stated comes with the weights.
+
+    A Llama is position rope, norm rmsnorm, mlp swiglu, bias false, tied false; a Qwen3 is that and qk_norm.
+    """
     n_layer: Size = Field(12, description="blocks")
     n_head: Size = Field(12, description="attention heads")
-    n_embd: Size = Field(768, description="width; a multiple of n_head")
+    n_kv_head: Size | None = Field(None, description="heads of keys and values, each shared by n_head / n_kv_head of "
+                                   "queries (default: n_head)")
+    head_dim: Size | None = Field(None, description="width of a head (default: n_embd / n_head)")
+    n_embd: Size = Field(768, description="width; a multiple of n_head unless head_dim is given")
     block_size: Size = Field(1024, description="context in tokens; that of the dataset, or a divisor of it")
     vocab_size: Positive | None = Field(None, description="ids (default: from the dataset's tokenizer)")
     dropout: Fraction = Field(0.0, description="on embeddings, attention and residual branches")
     bias: bool = Field(True, description="biases in Linear and LayerNorm, as in GPT-2; off is a little better and faster")
+    attention_bias: bool | None = Field(None, description="biases in the Linears of attention (default: as bias)")
+    position: Literal["learned", "rope"] = Field("learned", description="a learned vector for each position, or rotary")
+    rope_base: Annotated[float, Field(gt=1, allow_inf_nan=False), NoSwitch] = Field(
+        10000.0, description="rotary base (theta); a larger one for a longer context")
+    rope_scaling: RopeScaling | None = Field(None, description="rotary frequencies of a stretched context, as in Llama 3.1: "
+                                             "{kind: linear, factor: 8}, or {kind: llama3, …}")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="before attention, MLP and head")
+    norm_eps: Annotated[float, Field(gt=0, le=1), NoSwitch] = Field(1e-5, description="what keeps the norms from dividing by 0")
+    qk_norm: bool = Field(False, description="rmsnorm on the queries and keys of each head: calmer at high learning rates")
+    mlp: Literal["gelu", "gelu_tanh", "swiglu", "relu2"] = Field(
+        "gelu", description="gelu_tanh: OpenAI's approximation; swiglu: with a gate; relu2: square of ReLU, cheaper, not "
+        "to be exported")
+    mlp_dim: Size | None = Field(None, description="its inner width (default: 4 n_embd; swiglu: 8/3 n_embd, rounded up to 64)")
+    tied: bool = Field(True, description="one matrix for the token embedding and the head")
+    logit_softcap: Amount = Field(0.0, description="c: logits become c tanh(logits / c), which keeps them from drifting; 0: "
+                                  "off; not to be exported")
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """(heads of queries, heads of keys and values, width of a head)"""
+        return self.n_head, self.n_kv_head or self.n_head, self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def mlp_width(self) -> int:
+        return self.mlp_dim or (-(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.n_embd)
+
+    def contradictions(self):
+        """Yields ([keys], message) for settings that make no model together."""
+        H, K, D = self.heads
+        if self.n_embd % H and not self.head_dim:
+            yield ["model.n_embd", "model.n_head"], f"{self.n_embd} is not a multiple of n_head {H}"
+        if H % K:
+            yield ["model.n_kv_head", "model.n_head"], f"{K} does not divide n_head {H}"
+        if self.position == "rope" and D % 2:
+            yield ["model.head_dim", "model.n_embd", "model.n_head"], f"heads of width {D} cannot be rotated; take an even one"
+        if self.rope_scaling and self.position != "rope":
+            yield ["model.rope_scaling", "model.position"], "only position rope has it"
 
 
 class Optim(Section):
@@ -244,8 +296,7 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
         if re.search("://[^/]*(@|:(?!\\d+(/|$)))", source.path):  # user@host, user:secret with a slash, but not host:9000
             yield ["data.path", "data.train"], "a URL with a password would be copied into logs and checkpoints; " \
                   "credentials come from the environment"
-    if c.model.n_embd % c.model.n_head:
-        yield ["model.n_embd", "model.n_head"], f"{c.model.n_embd} is not a multiple of n_head {c.model.n_head}"
+    yield from c.model.contradictions()
     if c.train.max_steps is None and c.train.max_tokens is None:
         yield ["train.max_steps", "train.max_tokens"], "max_steps or max_tokens is needed, so that the run has an end"
     elif c.optim.warmup_steps >= c.max_steps:
@@ -407,7 +458,7 @@ def help_text() -> str:
         for name, field in section.model_fields.items():
             schema = section.model_json_schema()["properties"][name]
             kinds = [k for k in schema.get("anyOf", [schema]) if k.get("type") != "null"]
-            kind = "|".join(kinds[0]["enum"]) if "enum" in kinds[0] else kinds[0]["type"]
+            kind = "|".join(kinds[0]["enum"]) if "enum" in kinds[0] else kinds[0].get("type", "section")
             default = "" if field.default is None else f" [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]"
             lines += [f"  --{section_name}.{name} {kind.upper() if '|' not in kind else kind}{default}"]
             lines += [f"      {field.description}"] if field.description else []

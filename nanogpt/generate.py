@@ -23,7 +23,7 @@ def load_run(path: str | Path, device: torch.device = torch.device("cpu")):
         tok = tokenizer.from_json(state["tokenizer"])
         config = Model.model_validate(state["config"]["model"])
         n_stored = len(checkpoint.SafeReader(path).read_metadata().state_dict_metadata)
-        if config.vocab_size != tok.vocab_size or config.n_embd % config.n_head or config.n_layer > n_stored:
+        if config.vocab_size < tok.vocab_size or any(config.contradictions()) or config.n_layer > n_stored:
             raise ValueError("its model is none of ours")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}/state.json: damaged ({' '.join(str(error).split())[:200]})") from None

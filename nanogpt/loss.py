@@ -10,18 +10,28 @@ CHUNK_LOGITS = 1 << 26   # logits held at once; 256 MiB in float32
 # path took 50 times as long as the plain one on a CPU, so it is not used yet.
 
 
-def cross_entropy_sum(x, weight, targets):
-    """x (N, n_embd), weight (rows, n_embd), targets (N,) ids or IGNORE -> Σ -log softmax(x·weightᵀ)[target], float32."""
+def logits(x, weight, vocab_size, softcap=0.0):
+    """x (N, n_embd), weight (rows, n_embd) -> (N, rows) float32: x·weightᵀ, capped, and -inf beyond the vocabulary."""
+    logits = F.linear(x, weight).float()
+    if softcap:  # Gemma 2 (Riviere et al., 2024)
+        logits = softcap * torch.tanh(logits / softcap)
+    if vocab_size < weight.size(0):
+        logits[:, vocab_size:] = float("-inf")
+    return logits
+
+
+def cross_entropy_sum(x, weight, targets, vocab_size, softcap=0.0):
+    """x (N, n_embd), weight (rows, n_embd), targets (N,) ids or IGNORE -> Σ -log softmax(logits)[target], float32."""
     if x.size(0) * weight.size(0) <= CHUNK_LOGITS:
-        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=IGNORE, reduction="sum")
-    return _ChunkedCrossEntropy.apply(x, weight, targets, max(1, CHUNK_LOGITS // weight.size(0)))
+        return F.cross_entropy(logits(x, weight, vocab_size, softcap), targets, ignore_index=IGNORE, reduction="sum")
+    return _ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, softcap, max(1, CHUNK_LOGITS // weight.size(0)))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Takes the gradient of each chunk while its logits are there, so that backward has nothing to recompute."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk):
+    def forward(ctx, x, weight, targets, vocab_size, softcap, chunk):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         with_grad = any(ctx.needs_input_grad[:2])
         if with_grad:
@@ -30,10 +40,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for rows in range(0, x.size(0), chunk):
             part, target = x[rows:rows + chunk], targets[rows:rows + chunk, None]           # (n, n_embd), (n, 1)
             counts = (target != IGNORE)                                                     # (n, 1)
-            log_p = F.linear(part, weight).float().log_softmax(-1)                          # (n, vocabulary rows)
+            capped = logits(part, weight, vocab_size, softcap)                              # (n, vocabulary rows)
+            log_p = capped.log_softmax(-1)
+            capped = capped if softcap else None                                            # its memory is needed
             loss -= (log_p.gather(1, target.clamp(min=0)) * counts).sum()
             if with_grad:  # d loss / d logits = p - onehot(target)
                 d_logits = log_p.exp_().scatter_add_(1, target.clamp(min=0), -torch.ones_like(target, dtype=log_p.dtype))
+                if softcap:  # d tanh = 1 - tanh²
+                    d_logits *= 1 - (capped.clamp_(min=-softcap) / softcap).square()
                 d_logits = d_logits.mul_(counts).to(x.dtype)
                 grad_x[rows:rows + chunk] = d_logits @ weight
                 grad_weight += d_logits.t() @ part
@@ -45,4 +59,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None
+        return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None

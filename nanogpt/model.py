@@ -1,7 +1,8 @@
 """The GPT, top to bottom on one page. It knows nothing of devices, ranks or training.
 
-The architecture is GPT-2's (Radford et al., 2019), with the weight names of nanoGPT: pre-norm blocks, learned
-positions, GELU, and one matrix for the token embedding and the head.
+By default it is GPT-2 (Radford et al., 2019), with the weight names of nanoGPT: pre-norm blocks, learned positions,
+GELU, and one matrix for the token embedding and the head. By config it is a Llama (Touvron et al., 2023) or a Qwen3:
+rotary positions, RMSNorm, SwiGLU, keys and values shared by several heads, an untied head, no biases.
 """
 
 import math
@@ -11,21 +12,56 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanogpt.config import Model as ModelConfig
-from nanogpt.loss import cross_entropy_sum
+from nanogpt.loss import cross_entropy_sum, logits
 
 
 def padded(vocab_size: int, multiple: int = 64) -> int:
-    """Rows of the embedding: the vocabulary rounded up, so that matmuls tile well. Ids in the padding are never sampled."""
+    """Rows of the embedding: the vocabulary rounded up, so that matmuls tile well. The padding is never sampled."""
     return -(-vocab_size // multiple) * multiple
 
 
-def plain_attention(q, k, v, dropout=0.0):
-    """Causal attention written out: what F.scaled_dot_product_attention is held against. q, k, v: (B, n_head, T, head)."""
-    B, H, T, D = q.shape
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))   # (B * n_head, T, T): scale and mask in one
+def rope_angles(c: ModelConfig, positions):
+    """positions (T,) or (B, T) -> (cos, sin) of the angles by which each pair of a head is turned: (…, 1, T, head/2).
+
+    Pair i turns by base^(-2i/head) a token (RoFormer, Su et al., 2021), or more slowly in a stretched context.
+    """
+    D = c.heads[2]
+    speed = c.rope_base ** (-torch.arange(0, D, 2, device=positions.device, dtype=torch.float32) / D)  # radians a token
+    if c.rope_scaling:
+        s = c.rope_scaling
+        slow = 1.0 if s.kind == "linear" else (  # llama3: pairs that turn often keep their speed, with a gradual change
+            (s.high_freq_factor - s.original_block_size * speed / (2 * math.pi))
+            / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        speed = speed * (1 - slow + slow / s.factor)
+    angles = positions[..., None, :, None] * speed
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """x (B, heads, T, head): element i and element i + head/2 are a pair, as in Llama."""
+    (cos, sin), (a, b) = rope, x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
+
+
+def plain_attention(q, k, v, dropout=0.0, mask=None):
+    """Attention written out: what F.scaled_dot_product_attention is held against. q: (B, n_head, T, head).
+
+    k, v: (B, n_kv_head, S, head), S ≥ T. mask (B, 1, T, S): what each query sees; None: itself, and all before it.
+    """
+    (B, H, T, D), S = q.shape, k.size(2)
+    q, k, v = (x.repeat_interleave(H // x.size(1), 1).reshape(B * H, -1, D) for x in (q, k, v))
+    if mask is None:
+        hidden = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)
+    else:
+        hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf")).expand(B, H, T, S).flatten(0, 1)
+    scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))   # (B * n_head, T, S): scale and mask in one
     return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
+
+
+def make_norm(c: ModelConfig) -> nn.Module:
+    if c.norm == "rmsnorm":
+        return nn.RMSNorm(c.n_embd, eps=c.norm_eps)  # Zhang & Sennrich, 2019
+    return nn.LayerNorm(c.n_embd, eps=c.norm_eps, bias=c.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -33,46 +69,66 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head = config.n_head
+        (H, K, D), C = config.heads, config.n_embd  # K < H: grouped queries (Ainslie et al., 2023)
+        bias = config.bias if config.attention_bias is None else config.attention_bias
+        self.widths, self.head_dim = (H * D, K * D, K * D), D
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(C, (H + 2 * K) * D, bias=bias)  # q, k, v of all heads at once
+        self.c_proj = nn.Linear(H * D, C, bias=bias)
+        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None  # Henry et al., 2020
+        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x):
+    def forward(self, x, rope=None, mask=None, cache=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.c_attn(x).split(self.widths, -1))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)                                              # those of all tokens so far
         dropout = self.dropout if self.training else 0.0
         # In bfloat16 on a CPU the fused kernel is the slower one up to 512 tokens: 5 times at 64, twice at 256.
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
         if self.fused and not slow:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1,
+                                               enable_gqa=q.size(1) != k.size(1))
         else:
-            y = plain_attention(q, k, v, dropout)
-        y = y.transpose(1, 2).reshape(B, T, C)                                     # heads side by side again
+            y = plain_attention(q, k, v, dropout, mask)
+        y = y.transpose(1, 2).reshape(B, T, -1)                                    # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.kind, self.dropout = config.mlp, config.dropout
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = nn.Linear(config.n_embd, gates * config.mlp_width, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def forward(self, x):
-        return F.dropout(self.c_proj(F.gelu(self.c_fc(x))), self.dropout, self.training)
+        x = self.c_fc(x)
+        if self.kind == "swiglu":                                                  # Shazeer, 2020
+            gate, x = x.chunk(2, -1)
+            x = F.silu(gate) * x
+        elif self.kind == "relu2":                                                 # So et al., 2021
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, rope=None, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -82,38 +138,53 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         rows = padded(config.vocab_size)
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(rows, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-        ))
+        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(rows, config.n_embd)))
+        if config.position == "learned":
+            self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.transformer.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.tie_weights()
 
     def tie_weights(self):
         """One matrix for embedding and head (Press & Wolf, 2017). Again after `to_empty`, which parts them."""
-        self.lm_head.weight = self.transformer.wte.weight
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
 
-    def hidden(self, idx):
-        """idx (B, T) ids -> (B, T, n_embd): what the head reads."""
+    def hidden(self, idx, positions=None, mask=None, cache=None):
+        """idx (B, T) ids -> (B, T, n_embd): what the head reads.
+
+        positions (T,) or (B, T), from 0 on: of the ids; mask (B, 1, T, S), bool: what each sees (None: all before it);
+        cache[i].append(k, v), each (B, n_kv_head, T, head): keeps those of block i, and returns those of all S tokens.
+        """
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit in block_size {self.config.block_size}"
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]
+        x, rope = self.transformer.wte(idx), None
+        if self.config.position == "rope":
+            rope = rope_angles(self.config, torch.arange(T, device=idx.device) if positions is None else positions)
+        else:
+            x = x + (self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions))
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rope, mask, cache and cache[i])
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None):
+    def logits(self, x):
+        """x (…, n_embd) -> (…, vocab_size), float32."""
+        c = self.config
+        return logits(x.flatten(0, -2), self.lm_head.weight, c.vocab_size, c.logit_softcap).view(
+            *x.shape[:-1], -1)[..., :c.vocab_size]
+
+    def forward(self, idx, targets=None, positions=None, mask=None, cache=None):
         """idx (B, T) ids, targets (B, T) ids or -100 -> the sum over targets of -log p in nats, a float32 scalar.
 
-        Without targets: the logits after the last token, (B, 1, rows), all that sampling needs.
+        Without targets: the logits after the last token, (B, 1, vocab_size), all that sampling needs.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx, positions, mask, cache)
         if targets is None:
-            return self.lm_head(x[:, -1:])
-        return cross_entropy_sum(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return self.logits(x[:, -1:])
+        c = self.config
+        return cross_entropy_sum(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), c.vocab_size, c.logit_softcap)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -121,7 +192,7 @@ class GPT(nn.Module):
         """Fills one parameter in place as GPT-2 does: N(0, 0.02), residual projections N(0, 0.02 / √(2·n_layer))."""
         if name.endswith("bias"):
             weight.zero_()
-        elif ".ln_" in name:
+        elif ".ln_" in name or "_norm." in name:
             weight.fill_(1.0)
         else:
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
@@ -137,15 +208,18 @@ class GPT(nn.Module):
         """Cuts the context to block_size tokens, in place (weights trained with a longer one)."""
         assert block_size <= self.config.block_size
         self.config = self.config.model_copy(update=dict(block_size=block_size))
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight.data[:block_size], freeze=False)
+        if self.config.position == "learned":
+            self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight.data[:block_size], freeze=False)
 
     # ---- counts -----------------------------------------------------------------------------------------------------
 
-    def num_params(self, positions: bool = True) -> int:
-        """Parameters, the shared embedding once; without learned positions on demand, as nanoGPT counts."""
-        return sum(p.numel() for p in self.parameters()) - (0 if positions else self.transformer.wpe.weight.numel())
+    def num_params(self, lookups: bool = True) -> int:
+        """Parameters, a shared embedding once; on demand without those that are only looked up, as nanoGPT counts."""
+        looked_up = [self.transformer.wpe] if self.config.position == "learned" else []
+        looked_up += [] if self.config.tied else [self.transformer.wte]
+        return sum(p.numel() for p in self.parameters()) - (0 if lookups else sum(e.weight.numel() for e in looked_up))
 
     def flops_per_token(self) -> int:
-        """Of forward and backward: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B), N without positions."""
-        c = self.config
-        return 6 * self.num_params(positions=False) + 12 * c.n_layer * c.n_embd * c.block_size
+        """Of forward and backward: 6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B), N without lookups."""
+        (H, _, D), c = self.config.heads, self.config
+        return 6 * self.num_params(lookups=False) + 12 * c.n_layer * H * D * c.block_size

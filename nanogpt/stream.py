@@ -46,8 +46,8 @@ class Split:
             raise UserError(f"model.block_size: {config.model.block_size} is neither the {stored} that {path} "
                             f"holds nor a divisor of it")
         self.vocab_size = self.card["tokenizer"]["vocab_size"]
-        if config.model.vocab_size not in (None, self.vocab_size):
-            raise UserError(f"model.vocab_size: {config.model.vocab_size} is not that of {path}, {self.vocab_size}; "
+        if (config.model.vocab_size or self.vocab_size) < self.vocab_size:
+            raise UserError(f"model.vocab_size: {config.model.vocab_size} is below the {self.vocab_size} ids of {path}; "
                             "leave it out")
         self.block_size = config.model.block_size
         self.parts = stored // self.block_size  # sequences in a sample

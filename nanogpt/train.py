@@ -42,7 +42,7 @@ def train(config: Config, device: torch.device) -> dict:
     stream = TrainStream(config)
     splits = {"train": stream.splits,
               "val": [Split(config, "val", s.path) for s in stream.splits if "val" in s.card["splits"]]}
-    config = config.model_copy(update=dict(model=config.model.model_copy(update=dict(vocab_size=stream.vocab_size))))
+    config.model.vocab_size = config.model.vocab_size or stream.vocab_size
     tok = tokenizer.from_json(stream.card["tokenizer"])
     token_bytes = torch.from_numpy(tok.token_bytes()).to(device)
     take_run_folder(config, make=False)

@@ -105,7 +105,7 @@ def plain(batches, skipped=()):
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * step / 5 if step <= 4 else \
                 0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * min(1, (step - 5) / (25 - 4))))
-        logits = model.lm_head(model.hidden(tokens[:, :-1]))
+        logits = model.lm_head(model.hidden(tokens[:, :-1]))[..., :257]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         losses.append(loss.item())
         optimizer.zero_grad()

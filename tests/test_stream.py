@@ -248,7 +248,7 @@ def test_an_id_out_of_the_vocabulary_is_named(tmp_path, text_dataset):
 
 def test_dataset_json_and_config_must_fit(tmp_path, text_dataset):
     for options, said in ((["--model.block_size=48"], "neither the 64"),
-                          (["--model.vocab_size=300"], "is not that of"),
+                          (["--model.vocab_size=200"], "is below the 257 ids"),
                           (["--train.global_batch_size=6", "--model.block_size=16"], "take a multiple of 4"),
                           (["--train.global_batch_size=5000"], "lower train.global_batch_size"),
                           (["--data.path=/nowhere"], "/nowhere")):
