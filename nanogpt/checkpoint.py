@@ -5,6 +5,8 @@
         state.json                    step, tokens, config, identities of data and tokenizer, versions
         manifest.json                 size and hash of every other file; written last
 
+    checkpoints/best -> step-…        the one with the lowest validation loss (checkpoint.keep_best)
+
 A folder without a manifest that fits is not a checkpoint. Any number of ranks and any strategy can load it.
 """
 
@@ -16,6 +18,7 @@ import pickle
 import shutil
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,8 +80,11 @@ class Saver:
                 for path in folder.glob(pattern):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, model, optimizer, state: dict):
-        """Saves as step-STEP. Returns when weights and state may change again; `wait` tells whether it worked."""
+    def save(self, model, optimizer, state: dict, best: bool = False):
+        """Saves as step-STEP, to which `best` shall point if it is. Returns when weights and state may change again.
+
+        `wait` tells whether it worked.
+        """
         self.wait()
         final = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{final.name}.partial"
@@ -95,16 +101,16 @@ class Saver:
         everything = tensors(model, optimizer)
         if self.async_save:
             self.writing = dcp.async_save(everything, storage_writer=writer, process_group=self.group)
-            self.writing.add_done_callback(lambda done: self._publish(done.exception(), partial, final))
+            self.writing.add_done_callback(lambda done: self._publish(done.exception(), partial, final, best))
         else:
             error = None
             try:
                 dcp.save(everything, storage_writer=writer, process_group=self.group)
             except (Exception, CheckpointException) as raised:  # on all ranks, whichever one failed
                 error = raised
-            self._publish(error, partial, final)
+            self._publish(error, partial, final, best)
 
-    def _publish(self, error, partial: Path, final: Path):
+    def _publish(self, error, partial: Path, final: Path, best: bool):
         """Rank 0, in the background: every rank's file is on disk by now."""
         try:
             self.failure = self.failure or error
@@ -113,6 +119,11 @@ class Saver:
                 if final.exists():  # a step that an earlier run has saved too
                     os.rename(final, final.with_name(f".{final.name}.deleted"))
                 os.rename(partial, final)
+                if best:
+                    link = self.folder / ".best.partial"
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(final.name)
+                    os.replace(link, self.folder / "best")
                 _sync(self.folder)
                 self._retain()
                 self.seconds = time.monotonic() - self.began
@@ -124,9 +135,10 @@ class Saver:
             self.published.set()
 
     def _retain(self):
-        """Keeps the newest keep_last and each keep_every-th."""
+        """Keeps the newest keep_last, each keep_every-th, and the best."""
+        best = (self.folder / "best").resolve().name
         for path in complete_steps(self.folder)[:-self.keep_last]:
-            if not (self.keep_every and step_of(path) % self.keep_every == 0):
+            if not (self.keep_every and step_of(path) % self.keep_every == 0) and path.name != best:
                 gone = path.with_name(f".{path.name}.deleted")
                 os.rename(path, gone)
                 shutil.rmtree(gone, ignore_errors=True)
@@ -152,6 +164,19 @@ class Saver:
         if self.published.is_set() and self.failure is not None and not self.told:
             self.told = True
             self.warn(f"warning: checkpoint not saved ({_reason(self.failure)}); the older ones are kept")
+
+
+def save_alone(folder: Path, everything: dict[str, torch.Tensor], state: dict):
+    """Writes a checkpoint without a process group, into a new folder that the caller publishes. Raises UserError."""
+    try:
+        folder.mkdir(parents=True)
+        _write(folder / "state.json", json.dumps({"format": FORMAT} | state, indent=1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # DCP remarks that it saves in a single process
+            dcp.save(everything, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+        write_manifest(folder)
+    except (OSError, CheckpointException) as error:
+        raise UserError(f"{folder}: cannot be written ({_reason(error)})") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -272,6 +297,14 @@ class TokenizerName(_Strict):
     fingerprint: Text
 
 
+class HeldOut(_Strict):
+    """The validation loss: before the first step of a finetuning, the lowest since, and evaluations since that one."""
+    before: float | None
+    best: float | None
+    best_step: Step | None
+    since: Annotated[int, Field(ge=0)]
+
+
 class State(_Strict):
     """state.json, as train.py writes it."""
     step: Step
@@ -282,6 +315,7 @@ class State(_Strict):
     tokenizer: TokenizerName
     world_size: Positive
     skipped_steps: list[Step]
+    held_out: HeldOut = HeldOut(before=None, best=None, best_step=None, since=0)
     recent_losses: list[Annotated[float, Field(ge=-3e38, le=3e38)] | None]
     versions: dict[Text, Text]
 
@@ -302,7 +336,9 @@ def read_state(path: Path) -> dict:
         raise UserError(f"{path}/state.json: its format is {found!r:.60}, this version reads {FORMAT}; go on with the "
                         "version that wrote it, or start another run.name")
     try:
-        state["recent_losses"] = State.model_validate(state).recent_losses  # floats, where JSON has whole numbers too
+        checked = State.model_validate(state)
+        state["recent_losses"] = checked.recent_losses  # floats, where JSON has whole numbers too
+        state["held_out"] = checked.held_out.model_dump()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"{key}: " for key in map(str, first["loc"]) if key.isprintable())
@@ -319,15 +355,23 @@ def read_json(path: Path):
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
-def load(path: Path, model, optimizer=None):
-    """Fills model, and optimizer where one is given, from a verified checkpoint of any number of ranks and strategy."""
-    wanted = tensors(model, optimizer)
+def load(path: Path, model, optimizer=None, instead: dict[str, torch.Tensor] = {}):
+    """Fills model, and optimizer where one is given, from a verified checkpoint of any number of ranks and strategy.
+
+    instead: name -> a tensor to fill in the place of the model's.
+    """
+    wanted = tensors(model, optimizer) | instead
     reader = fitting_reader(path, wanted, ("model.", "optim.") if optimizer else ("model.",))
     try:
         # Without a process group (sampling) DCP loads alone.
         dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         raise UserError(f"{path}: cannot be loaded ({_reason(error).split('. ')[0]})") from error
+
+
+def has_optimizer(path: Path) -> bool:
+    """Whether it can be resumed: one that was made of somebody else's weights cannot."""
+    return any(name.startswith("optim.") for name in SafeReader(path).read_metadata().state_dict_metadata)
 
 
 def fitting_reader(path: Path, wanted: dict[str, torch.Tensor], prefixes=("model.",)) -> "SafeReader":

@@ -40,7 +40,8 @@ class Run(Section):
     seed: Seed = Field(1337, description="seed of the initial weights and of dropout")
     resume: str = Field("auto", description="auto: go on from the newest complete checkpoint, if there is one; "
                         "never: start anew, in an empty folder; PATH: go on from this checkpoint")
-    init_from: str | None = Field(None, description="take the weights alone, from a checkpoint or run folder: finetuning")
+    init_from: str | None = Field(None, description="take the weights alone, and the model's shape, for finetuning: from a "
+                                  "run or one of its checkpoints, a folder of Hugging Face, or hf:NAME[@REVISION] of its hub")
     allow_data_change: bool = Field(False, description="resume although the data or its order has changed: the new data "
                                     "is read from its beginning")
     grace_s: Amount = Field(30, description="seconds between SIGTERM or SIGUSR1 and SIGKILL: torchrun's 30, or those of "
@@ -129,6 +130,12 @@ class Model(Section):
     def mlp_width(self) -> int:
         return self.mlp_dim or (-(-8 * self.n_embd // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.n_embd)
 
+    def filled(self) -> dict:
+        """All settings, defaults that depend on others filled in."""
+        H, K, D = self.heads
+        bias = self.bias if self.attention_bias is None else self.attention_bias
+        return self.model_dump() | dict(n_kv_head=K, head_dim=D, mlp_dim=self.mlp_width, attention_bias=bias)
+
     def contradictions(self):
         """Yields ([keys], message) for settings that make no model together."""
         H, K, D = self.heads
@@ -168,6 +175,8 @@ class Train(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
     compile: bool = Field(True, description="torch.compile, block by block")
+    freeze_blocks: Annotated[int, Field(ge=0, le=1 << 20), NoSwitch] = Field(
+        0, description="the first n blocks and the embeddings (with them a tied head) keep their weights: finetuning")
     max_skipped_steps: Annotated[int, Field(ge=0, le=1 << 20), NoSwitch] = Field(
         0, description="steps of the whole run that may be left out because their loss or gradient is not finite; one "
         "more stops it")
@@ -177,6 +186,9 @@ class Eval(Section):
     """Loss on the same sequences each time, of train and of val."""
     interval: Count = Field(1000, description="steps between evaluations; 0: only at the end")
     sequences: Positive = Field(1600, description="sequences of each split (fewer where the split has fewer)")
+    patience: Count = Field(0, description="end the run after so many evaluations in a row without a new lowest validation "
+                            "loss; 0: never")
+    only: bool = Field(False, description="evaluate the weights that there are, and end")
 
 
 class Sharding(Section):
@@ -195,6 +207,8 @@ class Checkpoint(Section):
     interval: Count = Field(1000, description="steps between checkpoints; 0: only at the end")
     keep_last: Positive = Field(2, description="how many of the newest are kept")
     keep_every: Count = Field(0, description="also keep each whose step is a multiple of this; 0: none")
+    keep_best: bool = Field(False, description="also save and keep the step with the lowest validation loss, as "
+                            "checkpoints/best")
     async_save: bool = Field(True, description="write in the background while training goes on")
 
 
@@ -231,7 +245,7 @@ class Config(Section):
         """Optimizer steps of the whole run: the smaller of max_steps and max_tokens / tokens_per_step, rounded up."""
         steps, tokens = self._before
         by_tokens = steps - (tokens - self.train.max_tokens) // self.tokens_per_step if self.train.max_tokens else None
-        return min(n for n in (self.train.max_steps, by_tokens) if n is not None)
+        return min((n for n in (self.train.max_steps, by_tokens) if n is not None), default=0)  # 0: eval.only
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches a rank puts through the model for one optimizer step."""
@@ -297,7 +311,9 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
             yield ["data.path", "data.train"], "a URL with a password would be copied into logs and checkpoints; " \
                   "credentials come from the environment"
     yield from c.model.contradictions()
-    if c.train.max_steps is None and c.train.max_tokens is None:
+    if c.eval.only:
+        pass
+    elif c.train.max_steps is None and c.train.max_tokens is None:
         yield ["train.max_steps", "train.max_tokens"], "max_steps or max_tokens is needed, so that the run has an end"
     elif c.optim.warmup_steps >= c.max_steps:
         yield (["optim.warmup_steps", "train.max_steps", "train.max_tokens"],
@@ -308,7 +324,7 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
         yield ["optim.min_learning_rate"], f"is above learning_rate {c.optim.learning_rate:g}"
     each = c.train.micro_batch_size * world_size
     wholes = c.train.global_batch_size // each
-    if c.train.global_batch_size % each:
+    if c.train.global_batch_size % each and not c.eval.only:
         yield (["train.global_batch_size", "train.micro_batch_size"],
                f"{c.train.global_batch_size} is not a multiple of {ranks} x micro_batch_size "
                f"{c.train.micro_batch_size} = {each}; take {f'{wholes * each} or ' if wholes else ''}{(wholes + 1) * each}")

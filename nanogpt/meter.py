@@ -59,7 +59,7 @@ class Meter:
         """
         if self.writes:
             folder = self.config.run_dir
-            take_back(folder / "metrics.jsonl", first_step)
+            take_back(folder / "metrics.jsonl", first_step or -1)  # a new run logs its step 0 anew
             self.metrics, self.text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
             for line in warnings:
                 self._write(self.text, f"warning: {line}")
@@ -145,14 +145,21 @@ class Meter:
         self.say(self.line(record))
 
     def line(self, r: dict) -> str:
+        if r["loss"] is None:
+            return f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}{self.losses(r)}"
         left = (self.last_step - r["step"]) * r["step_time_s"]
         parts = [f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}", f"loss {r['loss']:.4f}",
                  f"lr {r['learning_rate']:.2e}", f"norm {r['grad_norm']:.2f}", f"{_short(r['tokens_per_s'])} tok/s",
                  f"mfu {r['mfu']:.1%}" if r["mfu"] is not None else "", f"data {r['data_wait_fraction']:.1%}",
                  f"mem {r['memory_gib']:.1f} GiB", f"eta {duration(left)}"]
-        if "val_loss" in r:
-            parts += [f"| train {r['train_loss']:.4f} val {r['val_loss']:.4f} ({r['val_bits_per_byte']:.4f} bits/byte)"]
-        return "  ".join(p for p in parts if p)
+        return "  ".join(p for p in parts if p) + self.losses(r)
+
+    def losses(self, r: dict) -> str:
+        """What an evaluation found."""
+        if "train_loss" not in r:
+            return ""
+        val = f" val {r['val_loss']:.4f} ({r['val_bits_per_byte']:.4f} bits/byte)" if "val_loss" in r else ""
+        return f"  | train {r['train_loss']:.4f}{val}"
 
     def close(self):
         if self.wandb:

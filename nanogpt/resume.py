@@ -6,14 +6,17 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import yaml
+from pydantic import ValidationError
 
-from nanogpt import __version__, checkpoint, watch
-from nanogpt.config import Config
+from nanogpt import __version__, checkpoint, huggingface, watch
+from nanogpt.config import Config, Model
 from nanogpt.errors import UserError
 from nanogpt.health import Numbers
 from nanogpt.meter import Meter
+from nanogpt.sharding import place_like
 from nanogpt.stream import TrainStream
 
 
@@ -52,6 +55,8 @@ def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> 
                 warn(warnings, f"{error}", f"it is {aside.name} now; going on from {candidates[i + 1]} instead")
     else:
         return None, new_state(stream)
+    if not checkpoint.has_optimizer(path):
+        raise UserError(f"{path}: holds weights alone, so it cannot be resumed; start another run from it, with run.init_from")
     now = state["data_history"][-1]
     stream.first_step = now["from_step"]
     different = stream.differences(now["identity"])
@@ -79,7 +84,7 @@ def warn(warnings: list[str], *lines: str):
 def new_state(stream: TrainStream) -> dict:
     """What state.json says of a run before its first step."""
     return dict(step=0, tokens=0, data_history=[dict(from_step=0, tokens=0, **stream.settings())], skipped_steps=[],
-                recent_losses=[])
+                held_out=dict(before=None, best=None, best_step=None, since=0), recent_losses=[])
 
 
 def change_data(path: Path, state: dict, stream: TrainStream, different: dict, warnings: list[str]):
@@ -101,15 +106,89 @@ def change_data(path: Path, state: dict, stream: TrainStream, different: dict, w
                                       changed={key: list(values) for key, values in different.items()}))
 
 
-def load_weights(model, config: Config, tok):
-    """run.init_from: weights alone, of a run with the same tokenizer and shape."""
-    path = checkpoint.find(config.run.init_from)
-    checkpoint.verify(path)
-    known = checkpoint.read_state(path)["tokenizer"]
-    if known["fingerprint"] != tok.fingerprint:
-        raise UserError(f"{path}: its tokenizer is {known['name']}, that of {config.data.sources[0].path} is {tok.name} (another "
-                        "fingerprint): convert the text with the same one")
-    checkpoint.load(path, model)
+class Weights:
+    """What run.init_from names: a model's shape, its tokenizer's fingerprint, and its weights."""
+
+    def __init__(self, path: str):
+        """Raises UserError where there is nothing to be found, or it is damaged."""
+        self.path = path
+        if huggingface.is_hf(path):
+            self.source = huggingface.Source(path)
+            self.model = self.source.config
+        else:
+            self.source, self.path = None, checkpoint.find(path)
+            checkpoint.verify(self.path)
+            state = checkpoint.read_state(self.path)
+            self.model, self.tokenizer = model_of(self.path, state), state["tokenizer"]
+
+    def check_tokenizer(self, tok, data: str, warnings: list[str]):
+        """Raises UserError unless `tok`, that of the data, gives the ids that the weights know."""
+        if self.source:
+            try:
+                theirs = self.source.tokenizer()
+            except UserError as error:
+                if dist.get_rank() == 0:
+                    warn(warnings, f"{error}: whether its ids are those of {data} could not be checked")
+                return
+            name, fingerprint = theirs.name, theirs.fingerprint
+        else:
+            name, fingerprint = self.tokenizer["name"], self.tokenizer["fingerprint"]
+        if fingerprint != tok.fingerprint:
+            raise UserError(f"{self.path}: its tokenizer is {name}, that of {data} is {tok.name} (another fingerprint): "
+                            "convert the text with the same one")
+
+    def fill(self, model):
+        """Into a model, sharded or not, whose context may be shorter than theirs."""
+        if self.source:
+            return huggingface.fill(model, self.source)
+        name, instead = "model.transformer.wpe.weight", {}
+        if self.model.position == "learned" and self.model.block_size > model.config.block_size:
+            positions = model.transformer.wpe.weight
+            instead[name] = torch.empty(self.model.block_size, *positions.shape[1:], device=positions.device)
+        checkpoint.load(self.path, model, instead=instead)
+        if instead:
+            with torch.no_grad():
+                positions.copy_(place_like(instead[name][:len(positions)], positions))
+
+
+def model_of(path: Path, state: dict) -> Model:
+    """The model settings of a checkpoint. Raises UserError where they are damaged."""
+    try:
+        return Model.model_validate(state["config"]["model"])
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"{path}/state.json: its model is none of ours ({' '.join(str(error).split())[:200]})") from None
+
+
+def take_shape(config: Config) -> Weights | None:
+    """run.init_from: what the config does not state of the model comes with the weights. Sets config.model.
+
+    Returns the weights, or None where the run goes on from a checkpoint of its own, and has them. Raises UserError
+    where the config states another shape.
+    """
+    if not config.run.init_from:
+        return None
+    weights, found = None, [checkpoint.published(config.run_dir / "checkpoints")]
+    dist.broadcast_object_list(found, src=0)  # as in starting_point
+    for path in reversed(found[0]):
+        try:
+            theirs = model_of(path, checkpoint.read_state(path))
+            break
+        except UserError:
+            continue  # starting_point tells
+    else:
+        weights = Weights(config.run.init_from)
+        theirs, path = weights.model, config.run.init_from
+    stated = {key: getattr(config.model, key) for key in config.model.model_fields_set}
+    free = ("block_size", "dropout", "rope_base", "rope_scaling")
+    for key, value in stated.items():
+        wanted = theirs.model_copy(update={key: value}).filled()
+        if key not in free and wanted != theirs.filled():
+            raise UserError(f"model.{key}: is {value}, and that of {path} is {getattr(theirs, key)}; leave it out")
+    if theirs.position == "learned" and stated.get("block_size", 0) > theirs.block_size:
+        raise UserError(f"model.block_size: {config.model.block_size}, and the learned positions of {path} end at "
+                        f"{theirs.block_size}")
+    config.model = theirs.model_copy(update={key: stated[key] for key in free if key in stated})
+    return weights
 
 
 def take_run_folder(config: Config, make: bool):
@@ -142,6 +221,6 @@ def run_state(config: Config, step: int, stream: TrainStream, tok, state: dict, 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "mosaicml-streaming", "numpy")}
     return dict(step=step, tokens=meter.tokens(step), config=config.model_dump(), data_history=state["data_history"],
                 next_samples=stream.fingerprint(step), tokenizer=tok.to_json(), world_size=dist.get_world_size(),
-                skipped_steps=numbers.skipped,
+                skipped_steps=numbers.skipped, held_out=state["held_out"],
                 recent_losses=[x if math.isfinite(x) else None for x in numbers.recent(step)[-numbers.RECENT:]],
                 versions=dict(nanogpt=__version__, python=sys.version.split()[0], **versions))

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanogpt.config import Config, Sharding
+from nanogpt.errors import UserError
 from nanogpt.model import GPT
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -25,11 +26,22 @@ def build(config: Config, device: torch.device) -> GPT:
     """The GPT of config.model (vocab_size set), sharded over all ranks, on `device`, with its initial weights."""
     with torch.device("meta"):
         model = GPT(config.model)
+    freeze(model, config.train.freeze_blocks)
     shard(model, config, device.type)
     model.to_empty(device="cpu" if config.sharding.cpu_offload else device)
     model.tie_weights()
     init_weights(model, config.run.seed)
     return model
+
+
+def freeze(model: GPT, n: int):
+    """The first n blocks and the embeddings, with them a tied head, keep their weights. Raises UserError: too many."""
+    if n > model.config.n_layer:
+        raise UserError(f"train.freeze_blocks: {n}, and the model has {model.config.n_layer} blocks")
+    if n:
+        embeddings = [part for name, part in model.transformer.items() if name in ("wte", "wpe")]
+        for part in (*embeddings, *model.transformer.h[:n]):
+            part.requires_grad_(False)
 
 
 def make_mesh(c: Sharding, device_type: str) -> DeviceMesh:

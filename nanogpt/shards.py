@@ -4,6 +4,9 @@ A split is one stream of tokens: its documents, each followed by end-of-text. Sa
 [i * stride, i * stride + block_size] of it: inputs are all but its last, targets all but its first. With stride =
 block_size (always so in validation) neighbours share one token, and every token but the first is a target exactly once.
 
+Pairs of prompt and completion are not cut: a sample holds whole ones, in their order, each followed by end-of-text, and
+then padding. No token of a prompt or of padding is a target: these are stored as complements, ~id, which are below 0.
+
     DIR/train/  DIR/val/     index.json and shard.00000.mds …, with xxh64 hashes
     DIR/dataset.json         tokenizer, block_size, dtype, counts of each split, source; written last
 """
@@ -29,6 +32,8 @@ from nanogpt.tokenizer import Tokenizer, from_json
 FORMAT = 1
 MAX_BLOCK = 1 << 20
 SHARD_BYTES = 1 << 26
+PAIRS = "int32"  # dtype of datasets of pairs, and only of these
+PIECE = 1 << 20  # token ids that are held at a time, of those that are there already
 TASK_CHARACTERS = 1 << 20  # what a worker process gets at a time, unless one document is longer
 
 
@@ -59,9 +64,10 @@ def file_hash(path: Path, digest) -> str:
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
-def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, block_size: int, *,
+def convert(documents: Collection[tuple[str, str | tuple[str, str]]], out, tokenizer: Tokenizer, block_size: int, *,
             stride: int | None = None, val_fraction: float = 0.01, seed: int = 2357, workers: int = 1,
-            compression: str | None = None, overwrite: bool = False, source: dict | None = None) -> tuple[dict, bool]:
+            compression: str | None = None, overwrite: bool = False, source: dict | None = None, pairs: bool = False,
+            skip_long: bool = False) -> tuple[dict, bool]:
     """Writes the dataset folder `out` from `documents`, pairs (name, text) that can be counted and are read once.
 
     stride         tokens from one training sample to the next; block_size if None
@@ -71,16 +77,39 @@ def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, b
     compression    "zstd" or None
     overwrite      replace a dataset that is there
     source         JSON that identifies the documents, kept in dataset.json; its `paths` are for people, not compared
+    pairs          each text is a (prompt, completion), of which only the completion is trained on
+    skip_long      leave out and count the pairs that are longer than a sample, instead of a UserError
 
     Returns (card, written): what dataset.json says, and False when `out` already held just this.
     UserError: a bad option, text that is too short or cannot be encoded, a folder in the way, or no way to write.
     """
-    check_options(block_size, stride, val_fraction, seed, workers)
-    stride = block_size if stride is None else stride
+    check_options(block_size, stride, val_fraction, seed, workers, pairs)
+    if pairs and val_fraction and len(documents) == 1:
+        raise UserError("--val-fraction: a single pair is not cut in two; give more of them, or --val-fraction 0")
+    stride = block_size + 1 if pairs else stride or block_size  # samples of pairs have nothing in common
+    out = Path(out).resolve()
+    card = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "block_size": block_size,
+            "dtype": PAIRS if pairs else tokenizer.dtype.name, "splits": {},
+            "source": {**(source or {}), "documents": len(documents), "stride": stride, "seed": seed,
+                       "val_fraction": val_fraction, "compression": compression}}
+    return _make(out, card, overwrite, lambda folder: _write_splits(documents, folder, tokenizer, card, workers, skip_long))
+
+
+def convert_tokens(splits: dict[str, np.ndarray], out, tokenizer: Tokenizer, block_size: int, *, stride: int | None = None,
+                   compression: str | None = None, overwrite: bool = False, source: dict | None = None) -> tuple[dict, bool]:
+    """As `convert`, but from {"train": ids (n,), "val": ids (n,)} as they are, with whatever ends documents in them.
+
+    UserError, beside those of `convert`: an id that the tokenizer does not have.
+    """
+    check_options(block_size, stride, val_fraction=0, seed=0, workers=1)
     out = Path(out).resolve()
     card = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "block_size": block_size, "dtype": tokenizer.dtype.name,
-            "splits": {}, "source": {**(source or {}), "documents": len(documents), "stride": stride, "seed": seed,
-                                     "val_fraction": val_fraction, "compression": compression}}
+            "splits": {}, "source": {**(source or {}), "stride": stride or block_size, "compression": compression}}
+    return _make(out, card, overwrite, lambda folder: _write_tokens(splits, folder, tokenizer, card))
+
+
+def _make(out: Path, card: dict, overwrite: bool, write) -> tuple[dict, bool]:
+    """Makes `out`. write(folder) writes its splits into another folder, and their counts into `card`."""
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"  # beside out, so on the same disk: a rename publishes
     try:
         there = _already_there(out, card, overwrite)
@@ -88,7 +117,7 @@ def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, b
             return there, False
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had the same number
         partial.mkdir(parents=True)
-        _write_splits(documents, partial, tokenizer, card, workers)
+        write(partial)
         (partial / "dataset.json").write_text(json.dumps(card, indent=1) + "\n")
         _publish(partial, out)
     except OSError as error:
@@ -98,13 +127,15 @@ def convert(documents: Collection[tuple[str, str]], out, tokenizer: Tokenizer, b
     return card, True
 
 
-def check_options(block_size: int, stride: int | None, val_fraction: float, seed: int, workers: int):
+def check_options(block_size: int, stride: int | None, val_fraction: float, seed: int, workers: int, pairs: bool = False):
     """UserError: a line for each option that is out of its range."""
     ranges = (("block-size", block_size, 1 <= block_size <= MAX_BLOCK, f"1 to {MAX_BLOCK}"),
               ("stride", stride, stride is None or 1 <= stride <= block_size, f"1 to the block size, {block_size}"),
               ("val-fraction", val_fraction, 0 <= val_fraction < 1, "0 (no validation split) up to, not including, 1"),
               ("seed", seed, seed >= 0, "0 or more"), ("workers", workers, workers >= 1, "1 or more"))
     problems = [f"--{name}: {value} is out of range; take {wanted}" for name, value, good, wanted in ranges if not good]
+    if pairs and stride is not None:
+        problems.append("--stride: pairs are not cut into windows; leave it out")
     if problems:
         raise UserError("\n".join(problems))
 
@@ -119,7 +150,7 @@ def _already_there(out: Path, card: dict, overwrite: bool) -> dict | None:
     if overwrite:
         return None
     old = load_dataset_card(out)
-    differs = [key for key in ("tokenizer", "block_size") if old[key] != card[key]]
+    differs = [key for key in ("tokenizer", "block_size", "dtype") if old[key] != card[key]]
     differs += [f"source.{key}" for key in card["source"]
                 if key != "paths" and old["source"].get(key) != card["source"][key]]
     if differs:
@@ -141,45 +172,82 @@ def _publish(partial: Path, out: Path):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_splits(documents, folder: Path, tokenizer: Tokenizer, card: dict, workers: int):
+def _write_splits(documents, folder: Path, tokenizer: Tokenizer, card: dict, workers: int, skip_long: bool):
     """Writes folder/train and folder/val and puts their counts into card["splits"]."""
     from tqdm import tqdm
 
-    source, block_size = card["source"], card["block_size"]
+    source, block_size, pairs = card["source"], card["block_size"], card["dtype"] == PAIRS
     strides = {"train": source["stride"]} | ({"val": block_size} if source["val_fraction"] else {})
-    splits = {name: _SplitWriter(folder / name, block_size, stride, tokenizer, source["compression"])
-              for name, stride in strides.items()}
+    splits = {}
+    for name, stride in strides.items():
+        mds = _mds_writer(folder / name, card)
+        splits[name] = (_PairWriter(mds, block_size, tokenizer, skip_long) if pairs else
+                        _SplitWriter(mds, block_size, stride, tokenizer))
     pieces = _assign(documents, source["val_fraction"], source["seed"])
-    with tqdm(total=len(documents), unit=" documents", disable=None) as bar:  # None: only on a terminal
-        for name, ids, n_bytes in _encode_all(pieces, tokenizer, workers):
-            splits[name].add(ids, n_bytes)
+    unit = " pairs" if pairs else " documents"
+    with tqdm(total=len(documents), unit=unit, disable=None) as bar:  # None: only on a terminal
+        for name, document, ids, n_bytes in _encode_all(pieces, tokenizer, workers):
+            splits[name].add(document, ids, n_bytes)
             bar.set_postfix_str(f"{sum(split.tokens for split in splits.values()):,} tokens", refresh=False)
             bar.update(name == "train" or len(documents) > 1)  # the second part of a single one is no other document
     for name, split in splits.items():
         card["splits"][name] = split.finish(name)
 
 
+def _mds_writer(folder: Path, card: dict):
+    column = f"ndarray:{card['dtype']}:{card['block_size'] + 1}"
+    return import_streaming().MDSWriter(columns={"tokens": column}, out=str(folder), hashes=["xxh64"],
+                                        compression=card["source"]["compression"], size_limit=SHARD_BYTES)
+
+
+def _write_tokens(splits: dict[str, np.ndarray], folder: Path, tokenizer: Tokenizer, card: dict):
+    """Writes folder/train and folder/val from the ids of `splits`, and puts their counts into card["splits"]."""
+    from tqdm import tqdm
+
+    block_size, token_bytes = card["block_size"], tokenizer.token_bytes()
+    with tqdm(total=sum(map(len, splits.values())), unit=" tokens", unit_scale=True, disable=None) as bar:
+        for name, ids in splits.items():
+            if len(ids) <= block_size:
+                raise UserError(f"the {name} split has {len(ids)} tokens, and a sample takes block_size + 1 = "
+                                f"{block_size + 1}; take a smaller --block-size")
+            stride = card["source"]["stride"] if name == "train" else block_size
+            split = _SplitWriter(_mds_writer(folder / name, card), block_size, stride, tokenizer)
+            for start in range(0, len(ids), PIECE):
+                piece = np.array(ids[start:start + PIECE])
+                counts = np.bincount(piece, minlength=tokenizer.vocab_size)
+                if len(counts) > tokenizer.vocab_size:
+                    raise UserError(f"the {name} split holds id {len(counts) - 1}, and {tokenizer.name} ends at "
+                                    f"{tokenizer.vocab_size - 1}; take the tokenizer that made the ids")
+                split.append(piece.astype(tokenizer.dtype), int(counts @ token_bytes))
+                split.documents += int(counts[tokenizer.eot]) if tokenizer.eot is not None else 0
+                bar.update(len(piece))
+            split.documents += int(ids[-1] != tokenizer.eot)  # the last one, without its end
+            card["splits"][name] = split.finish(name)
+
+
 class _SplitWriter:
     """Cuts the tokens of one split into samples, and writes these."""
 
-    def __init__(self, folder: Path, block_size: int, stride: int, tokenizer: Tokenizer, compression: str | None):
-        column = f"ndarray:{tokenizer.dtype.name}:{block_size + 1}"
-        self.mds = import_streaming().MDSWriter(columns={"tokens": column}, out=str(folder), compression=compression,
-                                                hashes=["xxh64"], size_limit=SHARD_BYTES)
-        self.block_size, self.stride, self.eot = block_size, stride, np.array([tokenizer.eot], tokenizer.dtype)
+    def __init__(self, mds, block_size: int, stride: int, tokenizer: Tokenizer):
+        self.mds, self.block_size, self.stride = mds, block_size, stride
+        self.eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
         self.rest = np.empty(0, tokenizer.dtype)  # the tokens from the start of the next sample on
         self.tokens = self.samples = self.documents = self.bytes = 0
 
-    def add(self, ids: np.ndarray, n_bytes: int):
-        """Appends a document of ids (n,) and end-of-text."""
-        rest = np.concatenate([self.rest, ids, self.eot])
+    def add(self, name: str, ids: np.ndarray, n_bytes: int):
+        """Appends a document of ids (n,), and end-of-text where the tokenizer has one."""
+        self.append(np.concatenate([ids, self.eot]), n_bytes)
+        self.documents += 1
+
+    def append(self, ids: np.ndarray, n_bytes: int):
+        """Appends ids (n,) as they are."""
+        rest = np.concatenate([self.rest, ids])
         samples = max(0, (len(rest) - 1 - self.block_size) // self.stride + 1)
         for start in range(0, samples * self.stride, self.stride):
             self.mds.write({"tokens": rest[start:start + self.block_size + 1]})
         self.rest = rest[samples * self.stride:].copy()  # a view would keep the whole document
-        self.tokens += len(ids) + 1
+        self.tokens += len(ids)
         self.samples += samples
-        self.documents += 1
         self.bytes += n_bytes
 
     def finish(self, name: str) -> dict:
@@ -194,6 +262,58 @@ class _SplitWriter:
                 "bytes": self.bytes, "dropped_tokens": len(self.rest) - shared}
 
 
+class _PairWriter:
+    """Packs whole pairs into the samples of one split, and writes these.
+
+    The first token of a sample has no input before it, so it can be no target. It is the first of a prompt, which is none
+    anyway: so prompts are also seen where sampling has them, at the very beginning. Only a pair without a prompt gets an
+    end-of-text before it there, one of padding; elsewhere that of the pair before it does.
+    """
+
+    def __init__(self, mds, block_size: int, tokenizer: Tokenizer, skip_long: bool):
+        self.mds, self.size, self.skip_long = mds, block_size + 1, skip_long
+        self.eot = np.array([tokenizer.eot], PAIRS)
+        self.row, self.used = np.repeat(~self.eot, self.size), 0  # the next sample, and how much of it is taken
+        self.tokens = self.targets = self.samples = self.documents = self.left_out = self.bytes = 0
+
+    def add(self, name: str, ids: np.ndarray, n_bytes: int):
+        """Appends a pair of ids (n,), complements in its prompt, and end-of-text. UserError: it does not fit."""
+        ids = np.concatenate([ids, self.eot])
+        before = int(ids[0] >= 0)  # end-of-text before it at the beginning of a sample
+        length = before + len(ids)
+        if length > self.size and self.skip_long:
+            self.left_out += 1
+            return
+        if length > self.size:
+            raise UserError(f"{name}: is {length} tokens long, and a sample holds block_size + 1 = {self.size}; take a "
+                            f"--block-size of {length - 1} or more, or --errors skip, which leaves out such pairs")
+        if self.used + len(ids) > self.size:
+            self._write()
+        self.used = max(self.used, before)
+        self.row[self.used:self.used + len(ids)] = ids
+        self.used += len(ids)
+        self.tokens += len(ids)
+        self.targets += int(np.count_nonzero(ids >= 0))
+        self.documents += 1
+        self.bytes += n_bytes
+
+    def _write(self):
+        self.mds.write({"tokens": self.row})
+        self.row[:], self.used = ~self.eot, 0
+        self.samples += 1
+
+    def finish(self, name: str) -> dict:
+        """Writes the last sample, shard and the index; returns the split's part of dataset.json."""
+        if not self.documents:
+            raise UserError(f"the {name} split has no pair, {self.left_out} are left out as too long; give more pairs, or a "
+                            "larger --block-size")
+        self._write()
+        self.mds.finish()
+        return {"stride": self.size, "tokens": self.tokens, "samples": self.samples, "documents": self.documents,
+                "bytes": self.bytes, "dropped_tokens": 0, "targets": self.targets,
+                "padding": self.samples * self.size - self.tokens, "left_out": self.left_out}
+
+
 def _assign(documents, val_fraction: float, seed: int):
     """Yields (split, name, text). Whole documents go to validation by the seed, or the last part of a single one."""
     n = len(documents)
@@ -202,18 +322,20 @@ def _assign(documents, val_fraction: float, seed: int):
         val = set(np.random.default_rng(seed).choice(n, n_val, replace=False).tolist())
         for i, (name, text) in enumerate(documents):
             yield "val" if i in val else "train", name, text
-    else:
+    elif val_fraction:
         for name, text in documents:
             cut = int(len(text) * (1 - val_fraction))
             yield "train", name, text[:cut]
-            if val_fraction:
-                yield "val", name, text[cut:]
+            yield "val", name, text[cut:]
+    else:
+        for name, text in documents:
+            yield "train", name, text
 
 
 # ---- tokenizing, in this process or in several ----------------------------------------------------------------------
 
 def _encode_all(pieces, tokenizer: Tokenizer, workers: int):
-    """Yields (split, ids, bytes of text) in the order of `pieces`, at most a few tasks ahead of the reader."""
+    """Yields (split, name, ids, bytes of text) in the order of `pieces`, at most a few tasks ahead of the reader."""
     if workers == 1:
         for piece in pieces:
             yield _encode(tokenizer, piece)
@@ -248,7 +370,7 @@ def _tasks(pieces):
     task, characters = [], 0
     for piece in pieces:
         task.append(piece)
-        characters += len(piece[2])
+        characters += len(whole(piece[2]))
         if characters >= TASK_CHARACTERS:
             yield task
             task, characters = [], 0
@@ -271,9 +393,19 @@ def _encode_task(task):
 def _encode(tokenizer: Tokenizer, piece):
     split, name, text = piece
     try:
-        return split, tokenizer.encode(text), len(text.encode("utf-8"))
+        if isinstance(text, str):
+            ids = tokenizer.encode(text)
+        else:
+            prompt, completion = (tokenizer.encode(part).astype(PAIRS) for part in text)
+            ids = np.concatenate([~prompt, completion])
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
+    return split, name, ids, len(whole(text).encode("utf-8"))
+
+
+def whole(text: str | tuple[str, str]) -> str:
+    """The text of a document, or of a pair."""
+    return text if isinstance(text, str) else "".join(text)
 
 
 # ---- reading dataset.json -------------------------------------------------------------------------------------------
@@ -301,14 +433,18 @@ def load_dataset_card(folder) -> dict:
     if card["format"] != FORMAT:
         raise UserError(f"{path}: has format {card['format']}, this version reads {FORMAT}; convert the text again")
     check(card, "", tokenizer=dict, block_size=int, dtype=str, splits=dict, source=dict)
-    check(card["tokenizer"], "tokenizer.", name=str, vocab_size=int, eot=int, fingerprint=str)
+    check(card["tokenizer"], "tokenizer.", name=str, vocab_size=int, fingerprint=str)
+    if card["dtype"] == PAIRS or card["tokenizer"].get("eot", -1) is not None:
+        check(card["tokenizer"], "tokenizer.", eot=int)
     check(card["splits"], "splits.", train=dict)
     if set(card["splits"]) - {"train", "val"}:
         raise UserError(f"{path}: splits has more than train and val; convert the text again")
     for name, split in card["splits"].items():
         counts = dict.fromkeys(("stride", "tokens", "samples", "documents", "bytes", "dropped_tokens"), int)
+        if card["dtype"] == PAIRS:
+            counts |= dict.fromkeys(("targets", "padding", "left_out"), int)
         check(split, f"splits.{name}.", **counts)
-    for field, allowed in (("block_size", range(1, MAX_BLOCK + 1)), ("dtype", ("uint16", "uint32"))):
+    for field, allowed in (("block_size", range(1, MAX_BLOCK + 1)), ("dtype", ("uint16", "uint32", PAIRS))):
         if card[field] not in allowed:
             raise UserError(f"{path}: {field} is {card[field]!r:.60}; convert the text again")
     return card

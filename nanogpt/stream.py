@@ -6,6 +6,8 @@ neither their number, nor that of nodes, threads or micro-batches, nor any resta
 nothing of the loader is saved, and resuming at step 100,000 costs what resuming at step 10 does.
 
 A mixture deals the samples of a step to its datasets by a fixed pattern; each goes through its own endless order.
+
+Tokens are ids; in datasets of prompt/completion pairs, those that are no targets are complements, ~id, below 0.
 """
 
 import hashlib
@@ -20,10 +22,16 @@ from nanogpt.cache import damage, download, is_compressed, one_line, open_datase
 from nanogpt.config import Config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
-from nanogpt.shards import load_dataset_card, load_index
+from nanogpt.shards import PAIRS, load_dataset_card, load_index
 
 HASHED_AT_START = 1 << 30  # bytes of a split; the shards of a larger one are hashed as they are first read
 DEAL = 1 << 16             # samples after which the pattern of a mixture begins anew: proportions are rounded to 1/DEAL
+
+
+def inputs_and_targets(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens (B, T + 1), ids or complements of those that are no targets -> x (B, T) ids, y (B, T) ids or IGNORE."""
+    y = tokens[:, 1:]
+    return torch.maximum(tokens, ~tokens)[:, :-1], y.masked_fill(y < 0, IGNORE)
 
 
 class Split:
@@ -45,6 +53,9 @@ class Split:
         if stored % config.model.block_size:
             raise UserError(f"model.block_size: {config.model.block_size} is neither the {stored} that {path} "
                             f"holds nor a divisor of it")
+        if self.card["dtype"] == PAIRS and stored != config.model.block_size:
+            raise UserError(f"model.block_size: {config.model.block_size} would cut the pairs of {path}; take {stored}, or "
+                            f"convert them again with --block-size {config.model.block_size}")
         self.vocab_size = self.card["tokenizer"]["vocab_size"]
         if (config.model.vocab_size or self.vocab_size) < self.vocab_size:
             raise UserError(f"model.vocab_size: {config.model.vocab_size} is below the {self.vocab_size} ids of {path}; "
@@ -89,7 +100,7 @@ class Split:
     # ---- reading ----------------------------------------------------------------------------------------------------
 
     def read(self, sequences: np.ndarray) -> torch.Tensor:
-        """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64."""
+        """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64, for inputs_and_targets."""
         T = self.block_size
         tokens = np.empty((len(sequences), T + 1), np.int64)
         shards = np.searchsorted(self.shard_ends, sequences[:, 0], "right")
@@ -104,10 +115,11 @@ class Split:
                 except Exception as error:  # streaming raises a different one for each kind of damage
                     raise UserError(f"{self.shard_of(sample)}: sample {sample} cannot be read ({one_line(error)}); "
                                     f"tools/inspect_mds.py {self.path} --verify finds damaged shards") from error
-        if tokens.max() >= self.vocab_size:
-            row = int((tokens.max(1) >= self.vocab_size).argmax())
+        if max(tokens.max(), ~tokens.min()) >= self.vocab_size:
+            highest = np.maximum(tokens, ~tokens).max(1)
+            row = int((highest >= self.vocab_size).argmax())
             sample = int(sequences[row, 0])
-            raise UserError(f"{self.shard_of(sample)}: sample {sample} holds id {tokens[row].max()}, the vocabulary "
+            raise UserError(f"{self.shard_of(sample)}: sample {sample} holds id {highest[row]}, the vocabulary "
                             f"ends at {self.vocab_size - 1}; the shard is damaged or of another tokenizer")
         return torch.from_numpy(tokens)
 
@@ -125,12 +137,10 @@ class Split:
         for first in range(0, n, micro_batch_size * world_size):
             mine = np.arange(first + rank * micro_batch_size, first + (rank + 1) * micro_batch_size)
             real = mine[mine < n]
-            tokens = torch.zeros(micro_batch_size, self.block_size + 1, dtype=torch.int64)
-            targets = torch.full((micro_batch_size, self.block_size), IGNORE)
+            tokens = torch.full((micro_batch_size, self.block_size + 1), ~0)  # no targets
             if len(real):
                 tokens[:len(real)] = self.read(np.stack([real // self.parts, real % self.parts], 1))
-                targets[:len(real)] = tokens[:len(real), 1:]
-            yield tokens[:, :-1], targets
+            yield inputs_and_targets(tokens)
 
     # ---- damage -----------------------------------------------------------------------------------------------------
 
@@ -277,7 +287,7 @@ class TrainStream:
         return self.splits[i], sample - int(self.first_sample[i])
 
     def read(self, sequences: np.ndarray) -> torch.Tensor:
-        """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64."""
+        """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64, for inputs_and_targets."""
         which = np.searchsorted(self.first_sample, sequences[:, 0], "right") - 1
         tokens = torch.empty(len(sequences), self.block_size + 1, dtype=torch.int64)
         for i in np.unique(which).tolist():
@@ -290,7 +300,10 @@ class TrainStream:
         return np.split(mine, len(mine) // self.micro_batch_size)
 
     def batches(self, first_step: int, last_step: int, rank: int, world_size: int, device: torch.device):
-        """Iterates over tokens (micro_batch_size, block_size + 1) from first_step on, read ahead by threads."""
+        """Iterates over tokens (micro_batch_size, block_size + 1) from first_step on, read ahead by threads.
+
+        inputs_and_targets makes of each, on its device, what the model takes.
+        """
         from torchdata.nodes import IterableWrapper, Mapper, ParallelMapper, PinMemory, Prefetcher
         node = IterableWrapper(m for step in range(first_step, last_step)
                                for m in self.micro_batches(step, rank, world_size))

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, characters, tiktoken's encodings (GPT-2's first), or a tiktoken ranks file.
+"""Text to token ids and back: bytes, characters, tiktoken's encodings, a tiktoken ranks file or a tokenizer.json.
 
 A dataset keeps its tokenizer as JSON (`to_json`), a checkpoint copies that, and whoever reads either rebuilds it with
 `from_json`, which refuses a tokenizer whose fingerprint is not the stored one.
@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import Iterable
 
@@ -30,22 +31,24 @@ PROBE = (
 class Tokenizer:
     """What every tokenizer shares: a table of the bytes each id stands for. Its kinds below add `_encode`.
 
-    name         "byte", "char", an encoding's name, or a ranks file's stem
+    name         "byte", "char", an encoding's name, a ranks file's stem, or the folder of a tokenizer.json
     vocab_size   ids run from 0 to vocab_size - 1, end-of-text included
-    eot          the end-of-text id
+    eot          the end-of-text id; None: there is none, as in nanoGPT's character vocabularies
     dtype        numpy's type for the ids: uint16 up to 65,536 of them, else uint32
     fingerprint  sha256 over the bytes of every id, the special tokens, and how text is cut; not over names or paths
+    pieces       the bytes of each id, b"" for special tokens
+    specials     id -> name
     """
 
     def __init__(self, name: str, pieces: list[bytes], specials: dict[int, str], rule):
         """pieces: the bytes of each id, b"" for none; specials: id -> name; rule: JSON that tells how text is cut."""
         self.name = name
         self.vocab_size = len(pieces)
-        self.eot = next(i for i, special in specials.items() if special == END_OF_TEXT)
+        self.eot = next((i for i, special in specials.items() if special == END_OF_TEXT), None)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         identity = json.dumps([rule, [piece.hex() for piece in pieces], sorted(specials.items())])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        self._pieces = pieces
+        self.pieces, self.specials = pieces, specials
         # What decode shows: special tokens by name, and U+FFFD for the few ids that some vocabularies leave unused.
         self._shown = [piece or specials.get(i, "\ufffd").encode() for i, piece in enumerate(pieces)]
 
@@ -63,7 +66,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids) -> bytes:
         """The exact bytes of ids (n,), nothing for special tokens. UserError: an id out of range."""
-        return b"".join(self._pieces[i] for i in self._checked(ids))
+        return b"".join(self.pieces[i] for i in self._checked(ids))
 
     def _checked(self, ids) -> list[int]:
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -75,7 +78,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: the number of bytes each id stands for, 0 for special tokens."""
-        return np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        return np.array([len(piece) for piece in self.pieces], dtype=np.int64)
 
     def to_json(self) -> dict:
         """What dataset.json and state.json keep, and `from_json` turns back."""
@@ -93,11 +96,12 @@ class ByteTokenizer(Tokenizer):
 
 
 class CharTokenizer(Tokenizer):
-    """One id for each character of a sorted alphabet, as in nanoGPT's Shakespeare, then end-of-text."""
+    """One id for each character of a sorted alphabet, then end-of-text; nanoGPT's vocabularies are without that."""
 
-    def __init__(self, alphabet: str):
+    def __init__(self, alphabet: str, with_eot: bool = True):
         pieces = [character.encode("utf-8", "surrogatepass") for character in alphabet]
-        super().__init__("char", pieces + [b""], {len(pieces): END_OF_TEXT}, "char")
+        specials = {len(pieces): END_OF_TEXT} if with_eot else {}
+        super().__init__("char", pieces + [b""] * with_eot, specials, "char")
         self.alphabet = alphabet
         self._id_of = np.full(0x110000, -1, dtype=np.int32)  # codepoint -> id, -1 for none
         self._id_of[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
@@ -128,6 +132,7 @@ class BPETokenizer(Tokenizer):
                 pass  # an id that the vocabulary leaves unused, as cl100k_base does with some
         super().__init__(name, pieces, specials, ["bpe", encoding.encode_ordinary(PROBE)])
         self._encoding, self._ranks = encoding, ranks
+        self.pattern = encoding._pat_str
 
     def _encode(self, text):
         try:
@@ -141,12 +146,84 @@ class BPETokenizer(Tokenizer):
     def to_json(self):
         if self._ranks is None:
             return super().to_json()
-        tokens = [base64.b64encode(piece).decode() for piece in self._pieces[:self.eot]]
+        tokens = [base64.b64encode(piece).decode() for piece in self.pieces[:self.eot]]
         return {**super().to_json(), "ranks": tokens}  # in the order of their ids, "" for an unused one
 
 
+class JSONTokenizer(Tokenizer):
+    """A tokenizer.json of Hugging Face, of the byte-level kind: GPT-2's, Llama 3's, Qwen's.
+
+    Nothing is put around a text, and the names of special tokens stay text, as with the other kinds.
+    """
+
+    ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that is there is end-of-text
+
+    def __init__(self, name: str, encoder, text: str):
+        """encoder: a tokenizers.Tokenizer made of `text`. ValueError: not byte-level, or it changes what it reads."""
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoder.encode_special_tokens = True  # as text
+        self._encoder, self.text = encoder, text
+        ids, added = encoder.get_vocab(with_added_tokens=True), encoder.get_added_tokens_decoder()
+        if not ids or max(ids.values()) >= 2 * len(ids):
+            raise ValueError("it leaves large gaps between its ids")
+        pieces, byte_of = [b""] * (max(ids.values()) + 1), byte_table()
+        for token, i in ids.items():
+            if i not in added:
+                try:
+                    pieces[i] = bytes(byte_of[character] for character in token)
+                except KeyError:
+                    raise ValueError(f"it is not a byte-level one like those of GPT-2, Llama 3 and Qwen: its token {i} "
+                                     f"is {token!r:.40}") from None
+            elif not added[i].special:
+                pieces[i] = token.encode()
+        if missing := {bytes([i]) for i in range(256)} - set(pieces):
+            raise ValueError(f"it is not a byte-level one: it has no token for {min(missing)!r}")
+        probe = self._encode(PROBE).tolist()
+        specials = {i: token.content for i, token in added.items() if token.special}
+        super().__init__(name, pieces, specials, ["bpe", probe])
+        known = {special: i for i, special in specials.items()}
+        self.eot = next((known[end] for end in self.ENDS if end in known), None)
+        if self.decode_bytes(probe).decode(errors="replace") not in (PROBE, unicodedata.normalize("NFC", PROBE)):
+            raise ValueError("it changes the text that it reads")
+
+    def _encode(self, text):
+        text.encode()  # a UnicodeEncodeError, where tokenizers says something else
+        return np.array(self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int64)
+
+    def to_json(self):
+        return {**super().to_json(), "tokenizer_json": self.text}
+
+
+def byte_table() -> dict[str, int]:
+    """The character by which GPT-2 writes each byte: printable ones as they are, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def from_tokenizer_json(text: str, name: str, where: str) -> JSONTokenizer:
+    """The tokenizer of the text of a tokenizer.json. UserError: damaged, or not of the byte-level kind."""
+    from tokenizers import Tokenizer as Encoder
+    try:
+        return JSONTokenizer(name, Encoder.from_str(text), text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises Exception itself, and where its Rust panics, a BaseException
+        raise UserError(f"{where}: cannot be used ({' '.join(str(error).split())[:200]})") from None
+
+
+def read_tokenizer_json(file: Path, name: str) -> JSONTokenizer:
+    """The same, of a file. UserError, too: it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    return from_tokenizer_json(text, name, str(file))
+
+
 def from_name(name: str, texts: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer called `byte` or `char`, a tiktoken encoding by its name, or a tiktoken ranks file by its path.
+    """The tokenizer called `byte` or `char`, a tiktoken encoding by its name, a ranks file or a tokenizer.json by its path.
 
     char takes its alphabet, sorted, from `texts`.
     UserError: unknown name, bad ranks file, or a vocabulary neither cached nor to be downloaded.
@@ -164,6 +241,8 @@ def from_name(name: str, texts: Iterable[str] = ()) -> Tokenizer:
         near = difflib.get_close_matches(name, ["char", *known], n=1)
         raise UserError(f"{name!r} is neither a tokenizer nor a ranks file; "
                         + (f"did you mean {near[0]}?" if near else f"take char, {', '.join(known)} or a file"))
+    if name.endswith(".json"):
+        return read_tokenizer_json(Path(name), Path(name).resolve().parent.name)
     return _from_ranks(Path(name).stem, _read_ranks(name), where=name)
 
 
@@ -175,7 +254,9 @@ def from_json(obj: dict) -> Tokenizer:
         if "alphabet" in obj:
             if obj["alphabet"] != "".join(sorted(set(obj["alphabet"]))):
                 raise ValueError("its alphabet is not sorted")
-            tokenizer = CharTokenizer(obj["alphabet"])
+            tokenizer = CharTokenizer(obj["alphabet"], with_eot=obj["eot"] is not None)
+        elif "tokenizer_json" in obj:
+            tokenizer = from_tokenizer_json(obj["tokenizer_json"], name, where)
         elif "ranks" in obj:
             tokens = [base64.b64decode(token, validate=True) for token in obj["ranks"]]
             tokenizer = _from_ranks(name, {token: i for i, token in enumerate(tokens) if token}, where)

@@ -12,6 +12,7 @@ to fit -> model sharded, initialised or loaded -> steps. SIGTERM or SIGUSR1: the
 import gc
 import math
 import re
+import time
 
 import torch
 import torch.distributed as dist
@@ -25,9 +26,9 @@ from nanogpt.loss import IGNORE
 from nanogpt.meter import Meter
 from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.ranks import init_process_group
-from nanogpt.resume import load_weights, run_state, starting_point, take_run_folder
+from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape
 from nanogpt.sharding import build
-from nanogpt.stream import Split, TrainStream
+from nanogpt.stream import Split, TrainStream, inputs_and_targets
 
 
 def train(config: Config, device: torch.device) -> dict:
@@ -39,27 +40,47 @@ def train(config: Config, device: torch.device) -> dict:
     guard = watch.Watch(config.run)
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
+    warnings = []
+    weights = take_shape(config)
     stream = TrainStream(config)
     splits = {"train": stream.splits,
               "val": [Split(config, "val", s.path) for s in stream.splits if "val" in s.card["splits"]]}
     config.model.vocab_size = config.model.vocab_size or stream.vocab_size
     tok = tokenizer.from_json(stream.card["tokenizer"])
     token_bytes = torch.from_numpy(tok.token_bytes()).to(device)
+    if weights:
+        weights.check_tokenizer(tok, config.data.sources[0].path, warnings)
+    if not splits["val"] and (config.eval.patience or config.checkpoint.keep_best):
+        raise UserError("eval.patience, checkpoint.keep_best: the data has no val split; convert it again with --val-fraction")
     take_run_folder(config, make=False)
-    warnings = []
     resumed, state = starting_point(config, stream, warnings)
     first_step, era = state["step"], state["data_history"][-1]
     config._before = era["from_step"], era["tokens"]  # with another batch size, train.max_tokens is other steps
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
     model = build(config, device)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim) if not config.eval.only else None
     if resumed:
         checkpoint.load(resumed, model, optimizer)
-    elif config.run.init_from:
-        load_weights(model, config, tok)
-    take_run_folder(config, make=True)
+    elif weights:
+        weights.fill(model)
     meter = Meter(config, device, world_size, model.flops_per_token(), writes=rank == 0, state=state)
+
+    def losses_now(step: int) -> dict:
+        """Loss and bits a byte of each split."""
+        guard.at(step, "evaluation")
+        found = {}
+        for name in filter(splits.get, splits):
+            nats, bits = evaluate(model, splits[name], stream, config, token_bytes, device, lambda: guard.at(step, "evaluation"))
+            found |= {f"{name}_loss": nats, f"{name}_bits_per_byte": bits}
+        return found
+
+    if config.eval.only:
+        introduce(meter, config, stream, model, resumed, state)
+        record = losses_now(first_step)
+        meter.say(f"step {first_step}" + meter.losses(record))
+        return record
+    take_run_folder(config, make=True)
     meter.open(first_step, warnings)
     introduce(meter, config, stream, model, resumed, state)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
@@ -71,6 +92,13 @@ def train(config: Config, device: torch.device) -> dict:
     numbers = Numbers(config, state, device)
     batches = stream.batches(first_step, last_step, rank, world_size, device)
     done, saved_step, record, signal_name = first_step, first_step, {}, None
+    held_out = state["held_out"]
+    if weights:  # finetuning: what there was before
+        record = dict(step=0, tokens=0, loss=None, time=time.time()) | losses_now(0)
+        held_out["before"] = record.get("val_loss")
+        meter.log(record)
+    if early := stops_early(config, held_out):
+        last_step = first_step
     gc.collect()
     gc.disable()  # a collection at a random moment on one rank is a wait for all: at log steps instead, on all at once
     meter.start(first_step)
@@ -88,15 +116,16 @@ def train(config: Config, device: torch.device) -> dict:
         # The whole step's tokens are at hand before its first forward: each loss is divided by the count of all ranks.
         guard.at(step + 1, "data")
         with meter.waiting_for_data():
-            tokens = [next(batches).to(device, non_blocking=True) for _ in range(accumulation)]
-        count = sum((t[:, 1:] != IGNORE).sum() for t in tokens)
+            tokens = [inputs_and_targets(next(batches).to(device, non_blocking=True)) for _ in range(accumulation)]
+        count = sum((y != IGNORE).sum() for _, y in tokens)
         guard.at(step + 1, "compute")
         if world_size > 1:
             dist.all_reduce(count)
+        count = count.clamp(min=1)  # all of it prompts: nothing to learn
         loss = torch.zeros((), device=device)
-        for i, t in enumerate(tokens):                                           # t: (micro_batch_size, block_size + 1)
+        for i, (x, y) in enumerate(tokens):                                      # x, y: (micro_batch_size, block_size)
             model.set_requires_gradient_sync(not sums_late or i == accumulation - 1)
-            part = model(t[:, :-1], t[:, 1:]) / count
+            part = model(x, y) / count
             part.backward()
             loss += part.detach()
             guard.at(step + 1, "compute")
@@ -125,21 +154,22 @@ def train(config: Config, device: torch.device) -> dict:
                 saver.wait()  # the checkpoint under way is of a good step
                 raise
             with meter.not_training():
+                best = False
                 if evaluates:
-                    guard.at(done, "evaluation")
-                    for name in splits:
-                        if splits[name]:
-                            nats, bits = evaluate(model, splits[name], stream, config, token_bytes, device,
-                                                  lambda: guard.at(done, "evaluation"))
-                            record |= {f"{name}_loss": nats, f"{name}_bits_per_byte": bits}
+                    record |= losses_now(done)
+                    best = weigh(record, held_out)
+                    early = stops_early(config, held_out)
                 meter.log(record)
-                if saves:
+                if saves or early or best and config.checkpoint.keep_best:
                     guard.at(done, "checkpoint")
-                    saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter))
+                    saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter),
+                               best and config.checkpoint.keep_best)
                     saved_step = done
                 gc.collect(2 if saves else 1)
                 saver.tell()
                 warn_of_short_grace(meter, config, saver, record)
+        if early:
+            break
 
     # ---- end --------------------------------------------------------------------------------------------------------
     gc.enable()
@@ -150,10 +180,17 @@ def train(config: Config, device: torch.device) -> dict:
         saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter))
     saved = saver.wait()
     guard.settle()
-    if first_step >= last_step:
+    if early:
+        meter.say(f"ended at step {done} of {config.max_steps}: {held_out['since']} evaluations in a row without a new lowest "
+                  "validation loss (eval.patience)")
+    elif first_step >= last_step:
         meter.say(f"nothing to do: step {first_step} of {last_step} is done (a larger train.max_steps goes on)")
     if signal_name and saved:
         meter.say(f"stopped by {signal_name} after step {done} of {last_step}, and saved; the same command goes on")
+    if None not in (held_out["before"], held_out["best"]):
+        where = f" ({config.run_dir}/checkpoints/best)" if config.checkpoint.keep_best else ""
+        meter.say(f"validation loss {held_out['before']:.4f} before, {held_out['best']:.4f} at its lowest, after step "
+                  f"{held_out['best_step']}{where}")
     lost = meter.close()
     if not saved:
         raise UserError(f"{config.run_dir}: the last checkpoint could not be saved; make room and run the command again")
@@ -162,6 +199,19 @@ def train(config: Config, device: torch.device) -> dict:
     if signal_name:
         raise Stopped
     return record
+
+
+def weigh(record: dict, held_out: dict) -> bool:
+    """Whether an evaluation found a new lowest validation loss. held_out is told."""
+    best = record.get("val_loss", math.inf) < (math.inf if held_out["best"] is None else held_out["best"])
+    if best:
+        held_out |= dict(best=record["val_loss"], best_step=record["step"], since=-1)
+    held_out["since"] += 1
+    return best
+
+
+def stops_early(config: Config, held_out: dict) -> bool:
+    return 0 < config.eval.patience <= held_out["since"]
 
 
 def due(done: int, interval: int) -> bool:

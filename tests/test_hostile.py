@@ -108,8 +108,21 @@ def test_checkpoints_of_nanogpt_are_not_opened(run, data, tmp_path, trace, monke
         resuming, tuning = (load_config([str(data[0].parent / "good.yaml"), *options, f"--run.{key}={path}"])
                             for key in ("resume", "init_from"))
         refused("no complete checkpoint there", resume.starting_point, resuming, stream, [])
-        refused("no complete checkpoint there", resume.load_weights, model, tuning, tokenizer.ByteTokenizer())
+        refused("no complete checkpoint there", resume.take_shape, tuning)
         refused("no complete checkpoint there", tool, monkeypatch, "sample", "--run", path, "--device", "cpu")
+
+
+def test_files_of_nanogpt_that_are_pickles_of_more(tmp_path, trace, monkeypatch):
+    file, meta, out = tmp_path / "ckpt.pt", tmp_path / "meta.pkl", tmp_path / "out"
+    torch.save({"model": {}, "config": Malicious(trace)}, file)
+    meta.write_bytes(pickle.dumps({"stoi": Malicious(trace)}))
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(bytes(99 * 2))
+    proven(lambda: torch.load(file, weights_only=False), trace)
+    proven(lambda: pickle.loads(meta.read_bytes()), trace)
+    refused("ckpt.pt: holds more than", tool, monkeypatch, "convert_nanogpt", "--checkpoint", file, "--out", out)
+    refused("posix.mkdir.*refused unread", tool, monkeypatch, "convert_nanogpt", "--data", tmp_path, "--out", out)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/{}/secret", "..", "", "deeper/secret"])
@@ -235,10 +248,11 @@ def test_urls_with_a_port_or_an_at_sign_behind_the_host_are_fine(tmp_path):
 # ---- the code itself, and what it writes ----------------------------------------------------------------------------
 
 def test_nothing_in_the_code_loads_code():
-    bad = re.compile(r"trust_remote_code|(?<![\w.])(eval|exec)\(|pickle\.(load|Unpickler)|allow_pickle"
+    bad = re.compile(r"trust_remote_code|(?<![\w.])(eval|exec)\(|pickle\.(load|_?Unpickler)|allow_pickle"
                      r"|torch\.load\((?!.*weights_only=True)|allow_unsafe_types|yaml\.(unsafe_|full_)|shell=True"
                      r"|os\.system|__import__")
-    allowed = {"class _MetadataUnpickler(pickle.Unpickler):"}
+    allowed = {"class _MetadataUnpickler(pickle.Unpickler):",
+               "class PlainUnpickler(pickle._Unpickler):  # the one in C fills the memory where a damaged file asks it to"}
     found = [f"{file}: {line}" for folder in ("nanogpt", "tools", "launch") for file in (ROOT / folder).rglob("*")
              if file.suffix in (".py", ".sh") for line in file.read_text().splitlines()
              if bad.search(line) and line not in allowed]

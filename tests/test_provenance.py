@@ -110,7 +110,7 @@ def loss_of(model: GPT, sequences) -> float:
         rows.append([token for i, piece in enumerate(pieces) for token in [256] * (i > 0) + [*piece.encode()]])
     tokens = torch.tensor(rows)
     with torch.no_grad():
-        logits = model.lm_head(model.hidden(tokens[:, :-1]))
+        logits = model.lm_head(model.hidden(tokens[:, :-1]))[..., :257]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
 
 

@@ -79,6 +79,20 @@ def test_char_ids_are_places_in_the_sorted_alphabet():
     assert char.token_bytes().tolist() == [1, 1, 1, 2, 4, 0]
 
 
+def test_char_without_end_of_text_as_nanogpts():
+    char = module.CharTokenizer("abné🙂", with_eot=False)
+    assert (char.vocab_size, char.eot, char.decode(char.encode("🙂nab"))) == (5, None, "🙂nab")
+    assert char.token_bytes().tolist() == [1, 1, 1, 2, 4]
+    stored = json.loads(json.dumps(char.to_json()))
+    assert from_json(stored).to_json() == stored
+    assert char.fingerprint != from_name("char", ["abné🙂"]).fingerprint
+    for change in ({"eot": 4}, {"eot": 5}, {"vocab_size": 6}):
+        with pytest.raises(UserError, match="stored tokenizer"):
+            from_json({**stored, **change})
+    with pytest.raises(UserError, match="id 5"):
+        char.decode([5])
+
+
 def test_ranks_ids_are_tiktokens(ranks_file):
     ours = from_name(ranks_file)
     special = {"<|endoftext|>": 268}
@@ -167,7 +181,8 @@ def test_fingerprint_tells_patterns_apart_but_not_their_spelling():
 
 @pytest.mark.parametrize("change", [
     {"alphabet": "abcdf"}, {"alphabet": "abcde"[::-1]}, {"alphabet": "abcd"}, {"alphabet": ""}, {"alphabet": 5},
-    {"alphabet": None}, {"alphabet": ["a"]}, {"vocab_size": 7}, {"eot": 0}, {"fingerprint": "0" * 64}, {"name": "byte"},
+    {"alphabet": None}, {"alphabet": ["a"]}, {"vocab_size": 7}, {"eot": 0}, {"eot": None},
+    {"fingerprint": "0" * 64}, {"name": "byte"},
     {"alphabet": "abcd\udc80"},
 ])
 def test_changed_char_is_refused(change):

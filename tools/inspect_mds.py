@@ -69,12 +69,44 @@ def show_samples(folder: Path, shards: list[dict], card: dict, tokenizer, n: int
     samples = (sample for shard in shards for sample in read_shard(folder, shard, card))
     for i, tokens in enumerate(islice(samples, n)):
         print(f"{folder.name} sample {i}, tokens {i * stride} to {i * stride + card['block_size']}: "
-              f"{tokenizer.decode(tokens)!r}")
+              f"{decoded(tokenizer, tokens)!r}")
 
 
-def verify(splits: dict[Path, list[dict]]) -> list[str]:
-    """A line for each shard, of all splits (folder -> shards), that is missing or not what its index says."""
+def decoded(tokenizer, tokens) -> str:
+    """The text of tokens (n,). Of pairs, what is no target stands between [[ and ]]."""
+    import numpy as np
+
+    text = ""
+    for piece in np.split(tokens, np.flatnonzero(np.diff(tokens < 0)) + 1):
+        if piece[0] >= 0:
+            text += tokenizer.decode(piece)
+        elif (piece == ~tokenizer.eot).all():
+            text += f"[[{len(piece)} x <|endoftext|>]]"  # padding
+        else:
+            text += f"[[{tokenizer.decode(~piece)}]]"
+    return text
+
+
+def count_pairs(folder: Path, shards: list[dict], card: dict) -> dict:
+    """What the shards of a split of pairs hold, under the names that dataset.json has for it."""
+    import numpy as np
+
+    eot, counts = card["tokenizer"]["eot"], dict.fromkeys(("targets", "padding", "documents"), 0)
+    for shard in shards:
+        rows = read_shard(folder, shard, card)
+        for name, those in (("targets", rows >= 0), ("padding", rows == ~eot), ("documents", rows == eot)):
+            counts[name] += int(np.count_nonzero(those))
+    return counts
+
+
+def verify(splits: dict[Path, list[dict]], card: dict) -> list[str]:
+    """A line for each shard, of all splits (folder -> shards), that is missing or not what its index says.
+
+    Of pairs, also for each split that does not hold the targets that dataset.json says.
+    """
     from tqdm import tqdm
+
+    from nanogpt.shards import PAIRS
 
     problems = []
     total = sum(shard["raw_data"]["bytes"] for shards in splits.values() for shard in shards)
@@ -87,6 +119,11 @@ def verify(splits: dict[Path, list[dict]]) -> list[str]:
                 except UserError as error:
                     problems.append(str(error))
                 bar.update(shard["raw_data"]["bytes"])
+    if card["dtype"] == PAIRS and not problems:
+        for folder, shards in splits.items():
+            for name, found in count_pairs(folder, shards, card).items():
+                if found != (said := card["splits"][folder.name][name]):
+                    problems.append(f"{folder}: holds {name} {found:,}, and {said:,} by dataset.json; convert it again")
     return problems
 
 
@@ -108,15 +145,19 @@ def check_file(path: Path, info: dict):
 
 def show_dataset(dataset: Path, samples: int, hashing: bool):
     """The counts of a dataset and its first samples; with hashing, UserError for each shard that is not as written."""
-    from nanogpt.shards import load_dataset_card  # here, where `run` tells what is not installed
+    from convert_text_to_mds import pair_counts
+
+    from nanogpt.shards import PAIRS, load_dataset_card  # here, where `run` tells what is not installed
     from nanogpt.tokenizer import from_json
 
     card = load_dataset_card(dataset)
     stored = card["tokenizer"]
     print(f"{dataset}")
-    print(f"  tokenizer  {stored['name']!r}, {stored['vocab_size']:,} ids, end-of-text {stored['eot']}, "
-          f"fingerprint {stored['fingerprint'][:16]}")
-    print(f"  sample     {card['block_size']} + 1 tokens, {card['dtype']}")
+    print(f"  tokenizer  {stored['name']!r}, {stored['vocab_size']:,} ids, end-of-text "
+          f"{'none' if stored['eot'] is None else stored['eot']}, fingerprint {stored['fingerprint'][:16]}")
+    pairs = card["dtype"] == PAIRS
+    print(f"  sample     {card['block_size']} + 1 tokens, {card['dtype']}"
+          + (", whole pairs; below, what is between [[ and ]] is not trained on" if pairs else ""))
     print(f"  source     {', '.join(f'{key} {value!r}' for key, value in card['source'].items())}")
     splits, problems = {}, []
     for name, split in card["splits"].items():
@@ -125,6 +166,10 @@ def show_dataset(dataset: Path, samples: int, hashing: bool):
             splits[folder] = read_index(folder, card)
         except UserError as error:
             problems.append(str(error))
+        if pairs:
+            print(f"  {name:9}  {pair_counts(split, card['block_size'])}, bytes {split['bytes']:,}, shards "
+                  f"{len(splits.get(folder, ())):,}")
+            continue
         print(f"  {name:9}  documents {split['documents']:,}, bytes {split['bytes']:,}, tokens {split['tokens']:,}, "
               f"dropped at the end {split['dropped_tokens']:,}, samples {split['samples']:,}, stride "
               f"{split['stride']}, shards {len(splits.get(folder, ())):,}")
@@ -136,7 +181,7 @@ def show_dataset(dataset: Path, samples: int, hashing: bool):
             except UserError as error:
                 problems.append(str(error))
     if hashing:
-        problems += verify(splits)
+        problems += verify(splits, card)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     if hashing:
@@ -181,7 +226,7 @@ def show_step(run_folder: Path, step: int, limit: int, full: bool, data: str | N
             parts = f", part {part} of {split.parts}" if split.parts > 1 else ""
             print(f"sequence {i}: {shard_file(split, sample)}, sample {sample}{parts}, "
                   f"tokens {start} to {start + T}{of}")
-            print(f"  {shown(tokenizer.decode(row), full)}")
+            print(f"  {shown(decoded(tokenizer, row), full)}")
         if n > len(chosen):
             print(f"{n - len(chosen)} more sequences are left out; --limit {n} shows all")
 
@@ -338,6 +383,8 @@ def describe_documents(found: list[tuple], tokens, T: int) -> list[str]:
     """For each sequence, (split, sample, part) with its tokens (T + 1,): the documents it is of, by number and name."""
     from tqdm import tqdm
 
+    from nanogpt.shards import PAIRS
+
     counted, names, indexes = {}, {}, {}
     for split in dict.fromkeys(split for split, _, _ in found):
         if "://" in split.path:
@@ -357,8 +404,11 @@ def describe_documents(found: list[tuple], tokens, T: int) -> list[str]:
             described.append("")
             continue
         first = counted[split][sample, part * T]
-        last = first + int((row[:-1] == split.card["tokenizer"]["eot"]).sum())  # an end-of-text is of what it ends
-        numbers = f"document {first}" if first == last else f"documents {first} to {last}"
+        ends, what = row == split.card["tokenizer"]["eot"], "document"  # an end-of-text is of what it ends
+        last = first + int(ends[:-1].sum())
+        if split.card["dtype"] == PAIRS:  # no other begins after the last end
+            last, what = first + int(ends.sum()) - 1, "pair"
+        numbers = f"{what} {first}" if first == last else f"{what}s {first} to {last}"
         its = names[split][first:last + 1]
         its = [repr(name) for name in its] if len(its) <= 4 else [repr(its[0]), "…", repr(its[-1])]
         described.append(f", {numbers}" + (f" ({', '.join(its)})" if its else ""))
@@ -397,7 +447,7 @@ def ends_before(folder: Path, shards: list[dict], card: dict, wanted: set[tuple[
 
 
 def names_of_documents(path: str, card: dict) -> list[str]:
-    """The files that the documents of the train split were, in order; empty where that is not certain.
+    """The files (lines, of pairs) that the documents of the train split were, in order; empty where that is not certain.
 
     A dataset keeps what the converter was given, and a hash of all contents in their order, but no list. Where the same
     search finds the same contents, it is the same list.
@@ -408,14 +458,16 @@ def names_of_documents(path: str, card: dict) -> list[str]:
     from nanogpt.shards import _assign
     source = card["source"]
     try:
-        if source["kind"] != "text files":
+        if source["kind"] not in ("text files", "pair files"):
             return []
         files = converter.find_files(source["paths"], source["glob"], Path(path))
         with tqdm(files, unit=" files", disable=None, desc="comparing what was converted") as bar:
-            files = converter.TextFiles(bar, source["errors"])
+            kind = converter.PairFiles if source["kind"] == "pair files" else converter.TextFiles
+            files = kind(bar, source["errors"])
         if (files.sha256, files.bytes, len(files)) != (source["sha256"], source["bytes"], source["documents"]):
             return []
-        documents = [(str(file), "") for file in files.paths]
+        names = [name for name, _ in files] if kind is converter.PairFiles else map(str, files.paths)
+        documents = [(name, "") for name in names]
         pieces = _assign(documents, source["val_fraction"], source["seed"])
         names = [name for split, name, _ in pieces if split == "train"]
         return names if len(names) == card["splits"]["train"]["documents"] else []
