@@ -145,7 +145,7 @@ def read_config(file: Path) -> Model:
     """config.json -> our settings. Raises UserError: damaged, or a model that ours does not compute."""
     given = _read_json(file)
     kind = given.get("model_type")
-    if kind not in KINDS:
+    if str(kind) not in KINDS:
         raise UserError(f"{file}: its model_type is {kind!r:.60}; {', '.join(KINDS)} can be read")
     try:
         config = Model.model_validate(KINDS[kind].model_validate(given).ours())
@@ -246,8 +246,8 @@ class Source:
         listed = None
         if not single.exists():
             if not index.exists():
-                raise UserError(f"{self.given}: has no model.safetensors; a pickle like pytorch_model.bin is never read: load "
-                                "it with transformers and write it with save_pretrained(FOLDER, safe_serialization=True)")
+                raise UserError(f"{self.given}: has no model.safetensors; a pickle like pytorch_model.bin is never read: "
+                                "load it with transformers, and write it with save_pretrained(FOLDER)")
             listed = _read_json(index).get("weight_map")
             if not isinstance(listed, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(file))
                                                        for file in listed.values()):
@@ -286,8 +286,8 @@ class Source:
                     continue  # causal masks and rotary speeds that older files carry along
                 if name == "lm_head.weight" and self._is_embedding(name):
                     continue  # tied, and written twice
-                raise UserError(f"{self.given}: has a tensor {self.stored[name][1]!r:.100} which its config.json does not ask for, "
-                                "and which would be lost")
+                raise UserError(f"{self.given}: has a tensor {self.stored[name][1]!r:.100} which its config.json does not "
+                                "ask for, and which would be lost")
             if tuple(piece.get_shape()) != needed[name]:
                 raise UserError(f"{self.given}: {name} is {tuple(piece.get_shape())}, and by its config.json {needed[name]}")
             if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
@@ -304,10 +304,6 @@ class Source:
     def _read(self, name: str) -> torch.Tensor:
         file, key = self.stored[name]
         return self.files[file].get_tensor(key)
-
-    def names(self) -> list[str]:
-        """Our parameters, all of them."""
-        return list(parameters(self.config))
 
     def tensor(self, name: str, shape) -> torch.Tensor:
         """Our parameter `name`, float32, on the CPU: its vocabulary padded with rows of zeros, or its positions cut."""
@@ -331,8 +327,8 @@ class Source:
         elif (self.path / "merges.txt").exists() and self.config.position == "learned":  # GPT-2's own: one way to cut text
             tokenizer = _of_vocab_and_merges(self.path, name)
         else:
-            raise UserError(f"{self.given}: has no tokenizer.json, and sentencepiece's tokenizer.model is not read; save the "
-                            "model's tokenizer there with transformers (use_fast=True)")
+            raise UserError(f"{self.given}: has no tokenizer.json, and sentencepiece's tokenizer.model is not read; save "
+                            "its tokenizer there with transformers (use_fast=True)")
         if tokenizer.vocab_size > self.config.vocab_size:
             raise UserError(f"{self.given}: its tokenizer has {tokenizer.vocab_size} ids, and the model only "
                             f"{self.config.vocab_size}")
@@ -399,8 +395,8 @@ def _snapshot(name: str, revision: str) -> str:
         raise UserError(f"{where}: is not the name of a model on the hub, like hf:openai-community/gpt2") from None
     except Exception as error:
         reason = _short(str(error).split("Caused by ")[-1])[:120]
-        raise UserError(f"{where}: cannot be downloaded ({type(error).__name__}: {reason}); copy its files from elsewhere and "
-                        "give their folder, or set HF_HOME to a cache that has them") from None
+        raise UserError(f"{where}: cannot be downloaded ({type(error).__name__}: {reason}); copy its files from elsewhere "
+                        "and give their folder, or set HF_HOME to a cache that has them") from None
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
@@ -425,7 +421,8 @@ def their_config(c: Model, eot: int | None, precision: str) -> dict:
     if c.position == "learned":
         return dict(model_type="gpt2", n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=H,
                     n_inner=c.mlp_width, activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[c.mlp],
-                    layer_norm_epsilon=c.norm_eps, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout) | common
+                    layer_norm_epsilon=c.norm_eps, resid_pdrop=c.dropout, embd_pdrop=c.dropout,
+                    attn_pdrop=c.dropout) | common
     scaling = c.rope_scaling and dict(rope_type=c.rope_scaling.kind, factor=c.rope_scaling.factor)
     if scaling and c.rope_scaling.kind == "llama3":
         scaling |= dict(low_freq_factor=c.rope_scaling.low_freq_factor, high_freq_factor=c.rope_scaling.high_freq_factor,
@@ -447,7 +444,7 @@ def export(c: Model, get_tensor, tokenizer, out, card: str, precision="float32",
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     config = their_config(c, tokenizer.eot, precision)
-    tensors = {}  # their name -> (our parameter, its first row there, their shape), as a tensor on meta and a function
+    tensors = {}  # their name -> (shape, our parameter, the first row there)
     for name, shape in parameters(c).items():
         row = 0
         for part, part_shape in theirs(c, name, shape):

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def transformers():
     """transformers, which would import torchvision, which fails beside a CPU torch: say that there is none."""
     import transformers.utils.import_utils as available
