@@ -10,20 +10,20 @@ CHUNK_LOGITS = 1 << 26   # logits held at once; 256 MiB in float32
 # path took 50 times as long as the plain one on a CPU, so it is not used yet.
 
 
-def logits(x, weight, vocab_size, softcap=0.0):
-    """x (N, n_embd), weight (rows, n_embd) -> (N, rows) float32: x·weightᵀ, capped, and -inf beyond the vocabulary."""
-    logits = F.linear(x, weight).float()
+def finished(logits, vocab_size, softcap=0.0):
+    """x·weightᵀ (…, rows) of any dtype -> logits (…, rows) float32: capped, and -inf in the padding of the vocabulary."""
+    logits = logits.float()
     if softcap:  # Gemma 2 (Riviere et al., 2024)
         logits = softcap * torch.tanh(logits / softcap)
-    if vocab_size < weight.size(0):
-        logits[:, vocab_size:] = float("-inf")
+    if vocab_size < logits.size(-1):
+        logits[..., vocab_size:] = float("-inf")
     return logits
 
 
 def cross_entropy_sum(x, weight, targets, vocab_size, softcap=0.0):
     """x (N, n_embd), weight (rows, n_embd), targets (N,) ids or IGNORE -> Σ -log softmax(logits)[target], float32."""
     if x.size(0) * weight.size(0) <= CHUNK_LOGITS:
-        return F.cross_entropy(logits(x, weight, vocab_size, softcap), targets, ignore_index=IGNORE, reduction="sum")
+        return F.cross_entropy(finished(F.linear(x, weight), vocab_size, softcap), targets, ignore_index=IGNORE, reduction="sum")
     return _ChunkedCrossEntropy.apply(x, weight, targets, vocab_size, softcap, max(1, CHUNK_LOGITS // weight.size(0)))
 
 
@@ -40,7 +40,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for rows in range(0, x.size(0), chunk):
             part, target = x[rows:rows + chunk], targets[rows:rows + chunk, None]           # (n, n_embd), (n, 1)
             counts = (target != IGNORE)                                                     # (n, 1)
-            capped = logits(part, weight, vocab_size, softcap)                              # (n, vocabulary rows)
+            capped = finished(F.linear(part, weight), vocab_size, softcap)                  # (n, vocabulary rows)
             log_p = capped.log_softmax(-1)
             capped = capped if softcap else None                                            # its memory is needed
             loss -= (log_p.gather(1, target.clamp(min=0)) * counts).sum()

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanogpt.config import Model as ModelConfig
-from nanogpt.loss import cross_entropy_sum, logits
+from nanogpt.loss import cross_entropy_sum, finished
 
 
 def padded(vocab_size: int, multiple: int = 64) -> int:
@@ -172,8 +172,7 @@ class GPT(nn.Module):
     def logits(self, x):
         """x (…, n_embd) -> (…, vocab_size), float32."""
         c = self.config
-        return logits(x.flatten(0, -2), self.lm_head.weight, c.vocab_size, c.logit_softcap).view(
-            *x.shape[:-1], -1)[..., :c.vocab_size]
+        return finished(self.lm_head(x), c.vocab_size, c.logit_softcap)[..., :c.vocab_size]
 
     def forward(self, idx, targets=None, positions=None, mask=None, cache=None):
         """idx (B, T) ids, targets (B, T) ids or -100 -> the sum over targets of -log p in nats, a float32 scalar.

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 
 from nanogpt import loss as loss_module
 from nanogpt.config import Model
-from nanogpt.errors import UserError
-from nanogpt.generate import generate
 from nanogpt.loss import IGNORE, cross_entropy_sum
 from nanogpt.model import GPT, CausalSelfAttention, padded
 
@@ -118,33 +116,6 @@ def test_chunked_loss_and_gradients_are_those_of_the_plain_one(monkeypatch, dtyp
         assert (a.grad - b.grad).norm() / b.grad.norm() < tolerance
     with torch.no_grad():
         assert cross_entropy_sum(*ours, targets, 90, softcap).item() == pytest.approx(loss.item(), rel=1e-6)
-
-
-# ---- sampling -------------------------------------------------------------------------------------------------------
-
-def test_greedy_sampling_takes_the_likeliest_and_never_the_padding():
-    model = small().eval()
-    with torch.no_grad():  # make the padding the likeliest by far
-        model.lm_head.weight[50:] = 10 * model.lm_head.weight[7]
-    idx = torch.randint(0, 50, (2, 5))
-    text = generate(model, idx, 30, temperature=0)  # past block_size, so that the context slides
-    assert text.shape == (2, 35) and (text[:, :5] == idx).all() and text.max() < 50
-    for t in range(5, 35):
-        logits = model.lm_head(model.hidden(text[:, max(0, t - 16):t]))[:, -1, :50]
-        assert torch.equal(text[:, t], logits.argmax(-1))
-
-
-def test_top_k_temperature_and_seed():
-    model = small().eval()
-    idx = torch.zeros(200, 1, dtype=torch.int64)
-    first = [generate(model, idx, 1, 1.5, 3, torch.Generator().manual_seed(s))[:, 1] for s in (1, 1, 2)]
-    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])
-    likeliest = model(idx[:1])[0, 0, :50].topk(3).indices
-    assert set(first[0].tolist()) == set(likeliest.tolist())
-    with pytest.raises(UserError, match="temperature"):
-        generate(model, idx, 1, -0.5)
-    with pytest.raises(UserError, match="top_k"):
-        generate(model, idx, 1, 1.0, 0)
 
 
 def test_padding_of_the_vocabulary():
