@@ -220,10 +220,12 @@ def encode_pair(tok: Tokenizer, context: str, ending: str) -> tuple[list[int], l
     """(ids of the context, ids of the ending). Blanks at the end of the context go to the ending.
 
     The two are encoded together and cut where the ids of the context alone end: apart, "the" and " end" could become
-    other tokens than the model has seen. In the place of an empty context: end-of-text. UserError: there is none.
+    other tokens than the model has seen. Before the context stands what the tokenizer wants there (bos), and in the place
+    of an empty one, at least end-of-text. UserError: there is none.
     """
     before = tok.encode(context.rstrip()).tolist()
     after = tok.encode(context + ending).tolist()[len(before):]
+    before = ([] if tok.bos is None else [tok.bos]) + before
     if not before and tok.eot is None:
         raise UserError(f"is empty but for its ending, and the {tok.name} tokenizer has no end-of-text to begin with")
     return before or [tok.eot], after

@@ -271,7 +271,8 @@ class Text:
         else:
             generator.manual_seed(whole("seed", seed, 0, sys.maxsize, "take 0 to 2**63 - 1"))
         rows = [Continuation(tok, stop, None if ignore_eot else tok.eot) for _ in prompts]
-        ids = [tok.encode(p).tolist() or [self._beginning()] for p in prompts]
+        before = [] if tok.bos is None else [tok.bos]
+        ids = [before + tok.encode(p).tolist() or [self._beginning()] for p in prompts]
         left = max_new_tokens
         for new in new_ids(self.model, ids, max_new_tokens, sampling, generator, tok.vocab_size):
             left -= 1

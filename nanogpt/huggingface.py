@@ -517,7 +517,7 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, str]:
         encoder = Encoder.from_str(tokenizer.text)
         encoder.no_truncation()
         encoder.no_padding()
-        if encoder.encode("a").ids != encoder.encode("a", add_special_tokens=False).ids:
+        if tokenizer.bos is None and encoder.encode("a").ids != tokenizer.encode("a").tolist():
             encoder.post_processor = processors.ByteLevel(trim_offsets=False)  # as here, nothing is put around a text
     elif isinstance(tokenizer, (ByteTokenizer, BPETokenizer)):
         from tiktoken_ext.openai_public import r50k_pat_str
@@ -537,7 +537,7 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, str]:
         raise ValueError(f"transformers has no tokenizer of the kind {tokenizer.name}")
     everything = b"\n".join(tokenizer.pieces).decode(errors="ignore")
     for text in (PROBE, everything):
-        if encoder.encode(text).ids != tokenizer.encode(text).tolist():
+        if encoder.encode(text, add_special_tokens=False).ids != tokenizer.encode(text).tolist():
             raise ValueError(f"the tokenizers library gives other ids than {tokenizer.name}")
     said = dict(tokenizer_class=its_class, model_max_length=block_size, add_prefix_space=False,
                 clean_up_tokenization_spaces=False)

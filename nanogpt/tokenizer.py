@@ -34,6 +34,7 @@ class Tokenizer:
     name         "byte", "char", an encoding's name, a ranks file's stem, or the folder of a tokenizer.json
     vocab_size   ids run from 0 to vocab_size - 1, end-of-text included
     eot          the end-of-text id; None: there is none, as in nanoGPT's character vocabularies
+    bos          the id to put before a text that a model goes on from; None, but for Llama 3 and the like
     dtype        numpy's type for the ids: uint16 up to 65,536 of them, else uint32
     fingerprint  sha256 over the bytes of every id, the special tokens, and how text is cut; not over names or paths
     pieces       the bytes of each id, b"" for special tokens
@@ -45,6 +46,7 @@ class Tokenizer:
         self.name = name
         self.vocab_size = len(pieces)
         self.eot = next((i for i, special in specials.items() if special == END_OF_TEXT), None)
+        self.bos = None
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         identity = json.dumps([rule, [piece.hex() for piece in pieces], sorted(specials.items())])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -153,7 +155,8 @@ class BPETokenizer(Tokenizer):
 class JSONTokenizer(Tokenizer):
     """A tokenizer.json of Hugging Face, of the byte-level kind: GPT-2's, Llama 3's, Qwen's.
 
-    Nothing is put around a text, and the names of special tokens stay text, as with the other kinds.
+    Nothing is put around a text, and the names of special tokens stay text, as with the other kinds. What a model of this
+    kind wants before each text that it goes on from, as Llama 3 does, is `bos`.
     """
 
     ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>")  # the first that is there is end-of-text
@@ -184,6 +187,8 @@ class JSONTokenizer(Tokenizer):
         super().__init__(name, pieces, specials, ["bpe", probe])
         known = {special: i for i, special in specials.items()}
         self.eot = next((known[end] for end in self.ENDS if end in known), None)
+        before = encoder.encode("").ids
+        self.bos = before[0] if before and encoder.encode("a").ids == [before[0], *self._encode("a")] else None
         if self.decode_bytes(probe).decode(errors="replace") not in (PROBE, unicodedata.normalize("NFC", PROBE)):
             raise ValueError("it changes the text that it reads")
 

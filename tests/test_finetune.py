@@ -181,3 +181,15 @@ def test_keeping_the_best_needs_a_val_split(finetune, text_dataset, tmp_path):
     (data / "dataset.json").write_text(json.dumps(card))
     with pytest.raises(RuntimeError, match="UserError: eval.patience, checkpoint.keep_best: the data has no val split"):
         finetune("no-val", 1, *SHAPE, "--model.block_size=32", f"--data.path={data}", "--train.micro_batch_size=8", "--eval.patience=2")
+
+
+def test_weights_without_an_optimizer_cannot_be_resumed(small_run):  # noqa: F811
+    """As tools/convert_nanogpt.py writes them."""
+    from nanogpt import checkpoint
+    from nanogpt.generate import load_run
+    small_run("with", 1, "--train.micro_batch_size=8", "--optim.warmup_steps=0", steps=1)
+    model, _, state = load_run(small_run.folder / "with")
+    folder = small_run.folder / "without"
+    checkpoint.save_alone(folder / "checkpoints" / "step-00000001", checkpoint.tensors(model), state)
+    with pytest.raises(RuntimeError, match="UserError: .*step-00000001: holds weights alone, so it cannot be resumed; start"):
+        small_run("without", 1, "--train.micro_batch_size=8", "--optim.warmup_steps=0", steps=2)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from nanogpt import checkpoint, huggingface
 from nanogpt.config import Config, Model
 from nanogpt.errors import UserError
+from nanogpt.evaluate import encode_pair
 from nanogpt.huggingface import KINDS, Source, export, fill, is_hf, read_config, tokenizer_files
 from nanogpt.model import GPT
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, from_json, from_name, from_tokenizer_json
@@ -449,7 +450,10 @@ def test_a_tokenizer_like_llama_3s(transformers, tmp_path, ranks_tokenizer):
     assert ours.encode("<|end_of_text|> the cat").tolist() == plain.tolist()
     assert ours.encode("<tool>").tolist() == [270]
     theirs = transformers.AutoTokenizer.from_pretrained(written(tokenizer_files(ours, 64), tmp_path / "out"))
-    assert theirs("the cat, and the hat")["input_ids"] == ours.encode("the cat, and the hat").tolist()
+    assert ours.bos == 268 and ranks_tokenizer.bos is None
+    assert theirs("the cat, and the hat")["input_ids"] == [ours.bos, *ours.encode("the cat, and the hat")]
+    assert encode_pair(ours, "the cat", " and") == ([ours.bos, *ours.encode("the cat")], ours.encode(" and").tolist())
+    assert encode_pair(ours, "", " and")[0] == [ours.bos]
     assert theirs.eos_token == "<|end_of_text|>"
     obj["normalizer"] = dict(type="NFC")  # as Qwen's
     assert from_tokenizer_json(json.dumps(obj), "qwen", "here").fingerprint != ours.fingerprint

@@ -55,7 +55,7 @@ def model_card(path: Path, model, tok, state: dict) -> str:
                      for source in Data.model_validate(era["data"]).sources]
         except ValueError as error:
             raise UserError(f"{path}/state.json: its data: {' '.join(str(error).split())[:200]}") from None
-    loss = validation_loss(path.parent.parent / "metrics.jsonl", state["step"])
+    loss = validation_loss(path.parent.parent / "metrics.jsonl", state)
     remark = ""
     if model.config.position == "learned" and model.config.mlp == "gelu":
         remark = ("\nIts GELU is the exact one. llama.cpp computes a GPT-2 with the tanh approximation always, so its "
@@ -78,7 +78,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER"), AutoTokenizer
 ```
 
 Documents were joined in training with {'end-of-text after each' if tok.eot is not None else 'nothing between them'}, and
-nothing is put before a text.
+nothing before them.
 {remark}
 ## Data
 
@@ -103,9 +103,11 @@ def described(path) -> str:
     return f", {card['splits']['train']['tokens']:,} tokens ({source})"
 
 
-def validation_loss(file: Path, step: int) -> str:
-    """The last one measured until `step`, in words."""
-    found = None
+def validation_loss(file: Path, state: dict) -> str:
+    """The last one measured until the checkpoint's step, in words; without metrics.jsonl, the lowest one."""
+    found, held_out, step = None, state["held_out"], state["step"]
+    if held_out["best"] is not None:
+        found = f"{held_out['best']:.4f} nats a token, at step {held_out['best_step']:,}"
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             record = json.loads(line)
