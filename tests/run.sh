@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up .venv as launch/quickstart.sh does, then runs the whole test suite. Options are pytest's:
+# Sets up .venv as launch/quickstart.sh does, then runs the whole test suite, two files at a time. Options are pytest's:
 #
 #     bash tests/run.sh
 #     bash tests/run.sh -x -k checkpoint
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 set_up
-exec "$python" -m pytest tests "$@"
+exec "$python" -m pytest tests -n 2 --dist loadfile "$@"
