@@ -9,7 +9,6 @@ does not compute is refused by name, and so is any tensor that is missing, too m
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -23,10 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from nanogpt.config import Model, NoSwitch, Size
 from nanogpt.errors import UserError
+from nanogpt.hf_tokenizer import as_json, of_vocab_and_merges, read_object, short, tokenizer_files
 from nanogpt.model import GPT, padded
 from nanogpt.sharding import DTYPES, place_like
-from nanogpt.tokenizer import (END_OF_TEXT, PROBE, BPETokenizer, ByteTokenizer, JSONTokenizer, byte_table,
-                               from_tokenizer_json, read_tokenizer_json)
+from nanogpt.tokenizer import read_tokenizer_json
 
 CONNECT_S = 10  # seconds for the hub's first answer; its downloads have limits of their own
 NEEDED = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
@@ -143,7 +142,7 @@ KINDS = {"gpt2": _GPT2, "llama": _Llama, "qwen3": _Qwen3}
 
 def read_config(file: Path) -> Model:
     """config.json -> our settings. Raises UserError: damaged, or a model that ours does not compute."""
-    given = _read_json(file)
+    given = read_object(file)
     kind = given.get("model_type")
     if str(kind) not in KINDS:
         raise UserError(f"{file}: its model_type is {kind!r:.60}; {', '.join(KINDS)} can be read")
@@ -160,18 +159,6 @@ def read_config(file: Path) -> Model:
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     return config
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: is not JSON ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: holds {type(content).__name__}, and should hold keys and values")
-    return content
 
 
 # ---- the table of names ---------------------------------------------------------------------------------------------
@@ -248,7 +235,7 @@ class Source:
             if not index.exists():
                 raise UserError(f"{self.given}: has no model.safetensors; a pickle like pytorch_model.bin is never read: "
                                 "load it with transformers, and write it with save_pretrained(FOLDER)")
-            listed = _read_json(index).get("weight_map")
+            listed = read_object(index).get("weight_map")
             if not isinstance(listed, dict) or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(file))
                                                        for file in listed.values()):
                 raise UserError(f"{index}: its weight_map does not name files of this folder")
@@ -258,7 +245,7 @@ class Source:
             try:
                 file = self.files[name] = safe_open(self.path / name, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{self.path / name}: cannot be read ({_short(error)})") from None
+                raise UserError(f"{self.path / name}: cannot be read ({short(error)})") from None
             for key in file.keys():
                 full = key if key.startswith((prefix, "lm_head.")) else prefix + key
                 if full in self.stored or listed is not None and listed.get(key) != name:
@@ -325,7 +312,7 @@ class Source:
         if (self.path / "tokenizer.json").exists():
             tokenizer = read_tokenizer_json(self.path / "tokenizer.json", name)
         elif (self.path / "merges.txt").exists() and self.config.position == "learned":  # GPT-2's own: one way to cut text
-            tokenizer = _of_vocab_and_merges(self.path, name)
+            tokenizer = of_vocab_and_merges(self.path, name)
         else:
             raise UserError(f"{self.given}: has no tokenizer.json, and sentencepiece's tokenizer.model is not read; save "
                             "its tokenizer there with transformers (use_fast=True)")
@@ -340,11 +327,6 @@ def fill(model: GPT, source: Source):
     """Copies the weights into a model, sharded or not; its context may be shorter than theirs. One tensor at a time."""
     for name, weight in model.named_parameters():
         weight.copy_(place_like(source.tensor(name, weight.shape).to(weight.device), weight))
-
-
-def _short(error) -> str:
-    said = " ".join(str(error).split())[:200]
-    return said if said.isprintable() else ascii(said)
 
 
 def _download(name: str) -> Path:
@@ -394,7 +376,7 @@ def _snapshot(name: str, revision: str) -> str:
     except errors.HFValidationError:
         raise UserError(f"{where}: is not the name of a model on the hub, like hf:openai-community/gpt2") from None
     except Exception as error:
-        reason = _short(str(error).split("Caused by ")[-1])[:120]
+        reason = short(str(error).split("Caused by ")[-1])[:120]
         raise UserError(f"{where}: cannot be downloaded ({type(error).__name__}: {reason}); copy its files from elsewhere "
                         "and give their folder, or set HF_HOME to a cache that has them") from None
 
@@ -473,9 +455,11 @@ def export(c: Model, get_tensor, tokenizer, out, card: str, precision="float32",
         files, why = {}, str(error)
         card += f"\n## Tokenizer\n\nNone is here: {why}\n"
     ends = {} if tokenizer.eot is None else dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
-    files |= {"config.json": _json(config), "generation_config.json": _json(ends), "README.md": card}
+    if tokenizer.bos is not None:
+        config["bos_token_id"] = ends["bos_token_id"] = tokenizer.bos
+    files |= {"config.json": as_json(config), "generation_config.json": as_json(ends), "README.md": card}
     if plan.is_sharded:
-        files["model.safetensors.index.json"] = _json(dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
+        files["model.safetensors.index.json"] = as_json(dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
     try:
         with _new_folder(Path(out).resolve()) as folder:
             for file, names in plan.filename_to_tensors.items():
@@ -483,12 +467,8 @@ def export(c: Model, get_tensor, tokenizer, out, card: str, precision="float32",
             for file, text in files.items():
                 (folder / file).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({_short(error)})") from None
+        raise UserError(f"{out}: cannot be written ({short(error)})") from None
     return why
-
-
-def _json(content) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 @contextlib.contextmanager
@@ -504,90 +484,3 @@ def _new_folder(out: Path):
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
-
-def tokenizer_files(tokenizer, block_size: int) -> dict[str, str]:
-    """Name -> content of the files from which transformers makes the same tokenizer. ValueError: why there are none."""
-    from tokenizers import Tokenizer as Encoder
-    from tokenizers import processors
-    files, its_class = {}, "PreTrainedTokenizerFast"
-    if isinstance(tokenizer, JSONTokenizer):
-        encoder = Encoder.from_str(tokenizer.text)
-        encoder.no_truncation()
-        encoder.no_padding()
-        if tokenizer.bos is None and encoder.encode("a").ids != tokenizer.encode("a").tolist():
-            encoder.post_processor = processors.ByteLevel(trim_offsets=False)  # as here, nothing is put around a text
-    elif isinstance(tokenizer, (ByteTokenizer, BPETokenizer)):
-        from tiktoken_ext.openai_public import r50k_pat_str
-        vocab = {_written(piece): i for i, piece in enumerate(tokenizer.pieces) if piece}
-        vocab |= {special: i for i, special in tokenizer.specials.items()}
-        ranks = {piece: i for i, piece in enumerate(tokenizer.pieces) if piece}
-        merges = [_halves(piece, ranks) for piece in ranks if len(piece) > 1]
-        found = [tuple(map(_written, halves)) for halves in merges if halves]
-        pattern = getattr(tokenizer, "pattern", r50k_pat_str)  # bytes may be cut in any way
-        pattern = None if pattern == r50k_pat_str else pattern
-        encoder = _byte_level(vocab, found, list(tokenizer.specials.values()), pattern, len(found) < len(merges))
-        if pattern is None and found:
-            its_class = "GPT2Tokenizer"
-            files = {"vocab.json": json.dumps(vocab, ensure_ascii=False),
-                     "merges.txt": "".join(f"{a} {b}\n" for a, b in [("#version:", "0.2"), *found])}
-    else:
-        raise ValueError(f"transformers has no tokenizer of the kind {tokenizer.name}")
-    everything = b"\n".join(tokenizer.pieces).decode(errors="ignore")
-    for text in (PROBE, everything):
-        if encoder.encode(text, add_special_tokens=False).ids != tokenizer.encode(text).tolist():
-            raise ValueError(f"the tokenizers library gives other ids than {tokenizer.name}")
-    said = dict(tokenizer_class=its_class, model_max_length=block_size, add_prefix_space=False,
-                clean_up_tokenization_spaces=False)
-    if tokenizer.eot is not None:
-        said |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([tokenizer.eot]))
-    return files | {"tokenizer.json": encoder.to_str(pretty=True), "tokenizer_config.json": _json(said)}
-
-
-def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], specials: list[str], pattern: str | None = None,
-                ignore_merges: bool = False):
-    """A tokenizers.Tokenizer that cuts text by `pattern` (None: GPT-2's) and merges as listed.
-
-    ignore_merges: what is in the vocabulary as a whole is taken so, as tiktoken does, though no merges lead to it.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    encoder = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges))
-    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    if pattern is not None:  # {1,3}+ is possessive in tiktoken and something else in Oniguruma; plain {1,3} finds the same
-        pattern = re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)
-        cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), cut])
-    encoder.pre_tokenizer, encoder.decoder = cut, decoders.ByteLevel()
-    encoder.post_processor = processors.ByteLevel(trim_offsets=False)
-    encoder.add_special_tokens([AddedToken(special, special=True, normalized=False) for special in specials])
-    return encoder
-
-
-def _written(piece: bytes, of_byte={byte: character for character, byte in byte_table().items()}) -> str:
-    return "".join(of_byte[byte] for byte in piece)
-
-
-def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:
-    """The two tokens that merge into this one, when lower ranks merge first; None where no merges lead to it."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        rank, i = min((ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
-        if rank >= ranks[token]:
-            return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
-def _of_vocab_and_merges(folder: Path, name: str) -> JSONTokenizer:
-    """From vocab.json and merges.txt, GPT-2's own format. Raises UserError where they are damaged."""
-    vocab, where = _read_json(folder / "vocab.json"), f"{folder}/vocab.json, merges.txt"
-    if not all(type(i) is int for i in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
-        raise UserError(f"{where}: ids are not 0 to {len(vocab) - 1}, each once")
-    try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-        encoder = _byte_level(vocab, merges, [END_OF_TEXT] if END_OF_TEXT in vocab else [])
-    except Exception as error:  # tokenizers raises no narrower one
-        raise UserError(f"{where}: cannot be used ({_short(error)})") from None
-    return from_tokenizer_json(encoder.to_str(), name, where)

@@ -197,7 +197,7 @@ def changed(name, value):
     (lambda: {"model": {}}, "KeyError: 'config'"), (lambda: torch.ones(3), "it holds a Tensor"),
     (lambda: saved() | dict(config=Path("x")), "holds more than tensors and plain values"),
     (lambda: saved(vocab_size=99), rf"has {len(ALPHABET)} characters, and the model of .* 99 ids"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "content")
 def test_other_checkpoints_are_refused(tmp_path, meta, content, message):
     file = tmp_path / "ckpt.pt"
     torch.save(content(), file)

@@ -17,7 +17,8 @@ from nanogpt import checkpoint, huggingface
 from nanogpt.config import Config, Model
 from nanogpt.errors import UserError
 from nanogpt.evaluate import encode_pair
-from nanogpt.huggingface import KINDS, Source, export, fill, is_hf, read_config, tokenizer_files
+from nanogpt.hf_tokenizer import tokenizer_files
+from nanogpt.huggingface import KINDS, Source, export, fill, is_hf, read_config
 from nanogpt.model import GPT
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer, from_json, from_name, from_tokenizer_json
 from test_tokenizer import TEXTS, write_ranks
@@ -454,7 +455,7 @@ def test_a_tokenizer_like_llama_3s(transformers, tmp_path, ranks_tokenizer):
     assert theirs("the cat, and the hat")["input_ids"] == [ours.bos, *ours.encode("the cat, and the hat")]
     assert encode_pair(ours, "the cat", " and") == ([ours.bos, *ours.encode("the cat")], ours.encode(" and").tolist())
     assert encode_pair(ours, "", " and")[0] == [ours.bos]
-    assert theirs.eos_token == "<|end_of_text|>"
+    assert (theirs.bos_token, theirs.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
     obj["normalizer"] = dict(type="NFC")  # as Qwen's
     assert from_tokenizer_json(json.dumps(obj), "qwen", "here").fingerprint != ours.fingerprint
     model = obj["model"]
