@@ -6,4 +6,4 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 set_up
-exec "$python" -m pytest tests -n 2 --dist loadfile "$@"
+exec "$python" -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder "$@"
