@@ -10,6 +10,7 @@
 A folder without a manifest that fits is not a checkpoint. Any number of ranks and any strategy can load it.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, with the errors of all ranks
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from nanogpt.config import Model
 from nanogpt.errors import UserError
 from nanogpt.shards import file_hash
 
@@ -66,8 +68,9 @@ def _fill_state(optimizer):
 class Saver:
     """Saves checkpoints into one run folder, keeps the newest, and reports what failed instead of ending the run."""
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int, async_save: bool, warn=print):
+    def __init__(self, folder: Path, keep_last: int, keep_every: int, async_save: bool, keep_best: bool = False, warn=print):
         """folder: RUN/checkpoints. Every rank makes one; rank 0 publishes."""
+        self.keep_best = keep_best
         self.folder, self.keep_last, self.keep_every, self.async_save = folder, keep_last, keep_every, async_save
         self.warn = warn
         self.group = dist.new_group(backend="gloo")  # of its own: the background thread talks while training does
@@ -80,13 +83,10 @@ class Saver:
                 for path in folder.glob(pattern):
                     shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, model, optimizer, state: dict, best: bool = False):
-        """Saves as step-STEP, to which `best` shall point if it is. Returns when weights and state may change again.
-
-        `wait` tells whether it worked.
-        """
+    def save(self, model, optimizer, state: dict):
+        """Saves as step-STEP. Returns when weights and state may change again; `wait` tells whether it worked."""
         self.wait()
-        final = self.folder / f"step-{state['step']:08d}"
+        final, best_step = step_folder(self.folder, state["step"]), state.get("held_out", {}).get("best_step")
         partial = self.folder / f".{final.name}.partial"
         self.failure, self.published, self.told, self.began = None, threading.Event(), False, time.monotonic()
         if dist.get_rank() == 0:
@@ -101,16 +101,16 @@ class Saver:
         everything = tensors(model, optimizer)
         if self.async_save:
             self.writing = dcp.async_save(everything, storage_writer=writer, process_group=self.group)
-            self.writing.add_done_callback(lambda done: self._publish(done.exception(), partial, final, best))
+            self.writing.add_done_callback(lambda done: self._publish(done.exception(), partial, final, best_step))
         else:
             error = None
             try:
                 dcp.save(everything, storage_writer=writer, process_group=self.group)
             except (Exception, CheckpointException) as raised:  # on all ranks, whichever one failed
                 error = raised
-            self._publish(error, partial, final, best)
+            self._publish(error, partial, final, best_step)
 
-    def _publish(self, error, partial: Path, final: Path, best: bool):
+    def _publish(self, error, partial: Path, final: Path, best_step: int | None):
         """Rank 0, in the background: every rank's file is on disk by now."""
         try:
             self.failure = self.failure or error
@@ -119,13 +119,10 @@ class Saver:
                 if final.exists():  # a step that an earlier run has saved too
                     os.rename(final, final.with_name(f".{final.name}.deleted"))
                 os.rename(partial, final)
-                if best:
-                    link = self.folder / ".best.partial"
-                    link.unlink(missing_ok=True)
-                    link.symlink_to(final.name)
-                    os.replace(link, self.folder / "best")
                 _sync(self.folder)
-                self._retain()
+                if self.keep_best:
+                    self.point_at_best(best_step)
+                self._retain(best_step)
                 self.seconds = time.monotonic() - self.began
         except Exception as raised:
             self.failure = raised
@@ -134,11 +131,20 @@ class Saver:
                 shutil.rmtree(partial, ignore_errors=True)
             self.published.set()
 
-    def _retain(self):
+    def point_at_best(self, step: int | None):
+        """Rank 0: `best` is a link to that step, where it is there; else, for want of room, to the best one that is."""
+        if step is not None and step_folder(self.folder, step) in complete_steps(self.folder):
+            link = self.folder / ".best.partial"
+            with contextlib.suppress(OSError):  # a file system without links: the folder itself is kept all the same
+                link.unlink(missing_ok=True)
+                link.symlink_to(step_folder(self.folder, step).name)
+                os.replace(link, self.folder / "best")
+
+    def _retain(self, best_step: int | None):
         """Keeps the newest keep_last, each keep_every-th, and the best."""
-        best = (self.folder / "best").resolve().name
+        best = [step_folder(self.folder, best_step or 0), (self.folder / "best").resolve()] if self.keep_best else []
         for path in complete_steps(self.folder)[:-self.keep_last]:
-            if not (self.keep_every and step_of(path) % self.keep_every == 0) and path.name != best:
+            if not (self.keep_every and step_of(path) % self.keep_every == 0) and path.name not in [b.name for b in best]:
                 gone = path.with_name(f".{path.name}.deleted")
                 os.rename(path, gone)
                 shutil.rmtree(gone, ignore_errors=True)
@@ -195,6 +201,11 @@ def write_manifest(folder: Path):
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------
+
+def step_folder(folder: Path, step: int) -> Path:
+    """RUN/checkpoints -> that of a step."""
+    return folder / f"step-{step:08d}"
+
 
 def step_of(path: Path) -> int:
     """Its step: from the folder's name, or where somebody gave it another name, from state.json."""
@@ -344,6 +355,18 @@ def read_state(path: Path) -> dict:
         where = "".join(f"{key}: " for key in map(str, first["loc"]) if key.isprintable())
         raise UserError(f"{path}/state.json: {where}{first['msg']}: damaged") from None
     return state
+
+
+def model_of(path: Path, state: dict) -> Model:
+    """The model settings of a checkpoint. Raises UserError where they are damaged, or would fill the memory."""
+    try:
+        config = Model.model_validate(state["config"]["model"])
+        n_stored = len(SafeReader(path).read_metadata().state_dict_metadata)
+        if config.vocab_size is None or any(config.contradictions()) or config.n_layer > n_stored:
+            raise ValueError("its model is none of ours")
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}/state.json: damaged ({' '.join(str(error).split())[:200]})") from None
+    return config
 
 
 def read_json(path: Path):

@@ -145,8 +145,11 @@ class Model(Section):
             yield ["model.n_kv_head", "model.n_head"], f"{K} does not divide n_head {H}"
         if self.position == "rope" and D % 2:
             yield ["model.head_dim", "model.n_embd", "model.n_head"], f"heads of width {D} cannot be rotated; take an even one"
-        if self.rope_scaling and self.position != "rope":
-            yield ["model.rope_scaling", "model.position"], "only position rope has it"
+        for key in {"rope_scaling", "rope_base"} & self.model_fields_set:
+            if self.position != "rope" and getattr(self, key) != Model.model_fields[key].default:
+                yield [f"model.{key}", "model.position"], "only position rope has it"
+        if self.rope_scaling and self.rope_scaling.low_freq_factor >= self.rope_scaling.high_freq_factor:
+            yield ["model.rope_scaling"], "low_freq_factor is not below high_freq_factor"
 
 
 class Optim(Section):
@@ -310,14 +313,12 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
         if re.search("://[^/]*(@|:(?!\\d+(/|$)))", source.path):  # user@host, user:secret with a slash, but not host:9000
             yield ["data.path", "data.train"], "a URL with a password would be copied into logs and checkpoints; " \
                   "credentials come from the environment"
-    yield from c.model.contradictions()
+    if not c.run.init_from:  # else the shape is not known yet
+        yield from _of_shape(c)
     if c.eval.only:
         pass
     elif c.train.max_steps is None and c.train.max_tokens is None:
         yield ["train.max_steps", "train.max_tokens"], "max_steps or max_tokens is needed, so that the run has an end"
-    elif c.optim.warmup_steps >= c.max_steps:
-        yield (["optim.warmup_steps", "train.max_steps", "train.max_tokens"],
-               f"{c.optim.warmup_steps} is not below the {c.max_steps} steps of the run")
     if c.optim.schedule == "cosine" and c.optim.decay_steps and c.optim.decay_steps <= c.optim.warmup_steps:
         yield ["optim.decay_steps", "optim.warmup_steps"], f"must be above warmup_steps {c.optim.warmup_steps}"
     if c.optim.min_learning_rate is not None and c.optim.min_learning_rate > c.optim.learning_rate:
@@ -333,8 +334,24 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
                f"{c.sharding.shard_size or local_world_size} does not divide {ranks}")
     if c.sharding.shard_size and c.sharding.strategy != "hybrid":
         yield ["sharding.shard_size", "sharding.strategy"], "only strategy hybrid has it"
+    if c.eval.patience and not c.eval.interval:
+        yield ["eval.patience", "eval.interval"], "needs evaluations: give an interval"
     if c.run.init_from and c.run.resume not in ("auto", "never"):
         yield ["run.init_from", "run.resume"], "init_from and resume: PATH exclude each other"
+
+
+def _of_shape(c: Config):
+    """Those contradictions in which the model's shape has a part: known later where it comes with weights."""
+    yield from c.model.contradictions()
+    if c.max_steps and c.optim.warmup_steps >= c.max_steps:
+        yield (["optim.warmup_steps", "train.max_steps", "train.max_tokens"],
+               f"{c.optim.warmup_steps} is not below the {c.max_steps} steps of the run")
+
+
+def check_shape(c: Config):
+    """Raises UserError where a model's shape, known at last, contradicts other settings."""
+    if problems := [f"{keys[0]}: {message}" for keys, message in _of_shape(c)]:
+        raise UserError("\n".join(problems))
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

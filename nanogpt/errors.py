@@ -49,6 +49,11 @@ def run(main):
     except BrokenPipeError:  # `tools/inspect_mds.py DIR | head`
         sys.stderr.close()
         sys.exit(1)
+    except RuntimeError as error:  # torch's, without importing it
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        report(f"{str(error).splitlines()[0]} Take smaller batches, or shorter texts")
+        sys.exit(1)
     except ModuleNotFoundError as error:
         report(f"{error.name} is not installed for {sys.executable}; bash launch/quickstart.sh sets up everything")
         sys.exit(1)

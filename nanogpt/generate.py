@@ -13,7 +13,6 @@ from typing import Iterator
 import torch
 
 from nanogpt import checkpoint, tokenizer
-from nanogpt.config import Model
 from nanogpt.errors import UserError
 from nanogpt.model import GPT
 from nanogpt.sampling import Sampling, whole
@@ -30,21 +29,21 @@ def load(path: str | Path, device: str = "auto", precision: str = "float32") -> 
     from nanogpt import huggingface
     if precision not in ("float32", "bfloat16"):
         raise UserError(f"precision: {precision!r:.40} is neither float32 nor bfloat16")
-    device = find_device(device)
+    device, dtype = find_device(device), getattr(torch, precision)
     if huggingface.is_hf(path):
         source = huggingface.Source(path)
         tok, state = source.tokenizer(), {}
         with torch.device("meta"):
-            model = GPT(source.config)
+            model = GPT(source.config).to(dtype)
         model.to_empty(device=device)
         model.tie_weights()
         huggingface.fill(model, source)
     else:
-        model, tok, state = load_run(path, device)
-    return Text(model.to(getattr(torch, precision)).eval(), tok, state)
+        model, tok, state = load_run(path, device, dtype)
+    return Text(model.eval(), tok, state)
 
 
-def load_run(path: str | Path, device: torch.device = torch.device("cpu")):
+def load_run(path: str | Path, device: torch.device = torch.device("cpu"), dtype: torch.dtype = torch.float32):
     """(model in evaluation mode, its tokenizer, state.json) of a run folder or a checkpoint, weights alone.
 
     Raises UserError where there is no complete checkpoint, or where it is damaged.
@@ -54,14 +53,13 @@ def load_run(path: str | Path, device: torch.device = torch.device("cpu")):
     state = checkpoint.read_state(path)
     try:
         tok = tokenizer.from_json(state["tokenizer"])
-        config = Model.model_validate(state["config"]["model"])
-        n_stored = len(checkpoint.SafeReader(path).read_metadata().state_dict_metadata)
-        if config.vocab_size < tok.vocab_size or any(config.contradictions()) or config.n_layer > n_stored:
-            raise ValueError("its model is none of ours")
+        config = checkpoint.model_of(path, state)
+        if config.vocab_size < tok.vocab_size:
+            raise ValueError("its model does not know all ids of its tokenizer")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}/state.json: damaged ({' '.join(str(error).split())[:200]})") from None
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(config).to(dtype)
     checkpoint.fitting_reader(path, checkpoint.tensors(model))  # before there is memory for it
     model.to_empty(device=device)
     model.tie_weights()

@@ -476,7 +476,7 @@ def _new_folder(out: Path):
     """A folder beside `out`, which becomes it at the end, or goes away."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out}: is there already; give another --out, or remove it")
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -33,10 +33,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, softcap, chunk):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        with_grad = any(ctx.needs_input_grad[:2])
-        if with_grad:
-            grad_x = torch.empty_like(x)
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        with_grad, trained = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]  # a frozen head is not
+        grad_x = torch.empty_like(x) if with_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
         for rows in range(0, x.size(0), chunk):
             part, target = x[rows:rows + chunk], targets[rows:rows + chunk, None]           # (n, n_embd), (n, 1)
             counts = (target != IGNORE)                                                     # (n, 1)
@@ -50,7 +49,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     d_logits *= 1 - (capped.clamp_(min=-softcap) / softcap).square()
                 d_logits = d_logits.mul_(counts).to(x.dtype)
                 grad_x[rows:rows + chunk] = d_logits @ weight
-                grad_weight += d_logits.t() @ part
+                if trained:
+                    grad_weight += d_logits.t() @ part
         if with_grad:
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.weight_dtype = weight.dtype
@@ -59,4 +59,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), (grad_weight * grad).to(ctx.weight_dtype), None, None, None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
+        return grad_x * grad.to(grad_x.dtype), grad_weight, None, None, None, None

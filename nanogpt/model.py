@@ -91,8 +91,12 @@ class CausalSelfAttention(nn.Module):
         # In bfloat16 on a CPU the fused kernel is the slower one up to 512 tokens: 5 times at 64, twice at 256.
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
         if self.fused and not slow:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1,
-                                               enable_gqa=q.size(1) != k.size(1))
+            S, shared = k.size(2), q.size(1) // k.size(1)
+            if shared > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):  # no kernel but the slow one has it
+                k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
+            if mask is None and 1 < T < S:                                         # torch would align the corner at the top
+                mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1, enable_gqa=shared > 1)
         else:
             y = plain_attention(q, k, v, dropout, mask)
         y = y.transpose(1, 2).reshape(B, T, -1)                                    # heads side by side again

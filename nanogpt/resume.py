@@ -1,5 +1,6 @@
 """Where a run starts from, what it may not change on the way, and what its checkpoints remember of it."""
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -9,15 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
-from pydantic import ValidationError
-
 from nanogpt import __version__, checkpoint, huggingface, watch
-from nanogpt.config import Config, Model
+from nanogpt.config import Config, check_shape
 from nanogpt.errors import UserError
 from nanogpt.health import Numbers
 from nanogpt.meter import Meter
 from nanogpt.sharding import place_like
 from nanogpt.stream import TrainStream
+
+
+forgotten = dict(best=None, best_step=None, since=0)  # of held_out
 
 
 def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> tuple[Path | None, dict]:
@@ -26,9 +28,7 @@ def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> 
     A damaged newest checkpoint is passed over, loudly, where an older one is whole. Raises UserError on what does not
     fit.
     """
-    found = [checkpoint.published(config.run_dir / "checkpoints")]
-    dist.broadcast_object_list(found, src=0)  # a network file system may show other ranks another folder
-    found = found[0]
+    found = agreed(lambda: checkpoint.published(config.run_dir / "checkpoints"))
     if config.run.resume == "never":
         if found:
             raise UserError(f"{config.run_dir}: has checkpoints, and run.resume is never; choose another run.name, "
@@ -37,7 +37,7 @@ def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> 
     if config.run.resume == "auto":
         candidates = found[::-1]
     else:
-        candidates = [checkpoint.find(config.run.resume)]
+        candidates = [agreed(lambda: checkpoint.find(config.run.resume))]
         newer = [p for p in found if checkpoint.step_of(p) > checkpoint.step_of(candidates[0])]
         if newer:
             raise UserError(f"{newer[-1]}: is newer than {candidates[0]}, from which you resume; move it away, or give "
@@ -48,15 +48,21 @@ def starting_point(config: Config, stream: TrainStream, warnings: list[str]) -> 
             state = checkpoint.read_state(path)
             break
         except UserError as error:
-            if i == len(candidates) - 1:
+            if i == len(candidates) - 1 or config.eval.only:
                 raise
             if dist.get_rank() == 0:
                 aside = checkpoint.put_aside(path)  # it would count as the newest, to be kept in the place of a good one
                 warn(warnings, f"{error}", f"it is {aside.name} now; going on from {candidates[i + 1]} instead")
     else:
         return None, new_state(stream)
-    if not checkpoint.has_optimizer(path):
+    if not config.eval.only and not checkpoint.has_optimizer(path):
         raise UserError(f"{path}: holds weights alone, so it cannot be resumed; start another run from it, with run.init_from")
+    was_frozen = state["config"].get("train", {}).get("freeze_blocks", 0)
+    if was_frozen != config.train.freeze_blocks and not config.eval.only:
+        raise UserError(f"train.freeze_blocks: is {config.train.freeze_blocks} and was {was_frozen} in {path}, whose optimizer "
+                        "knows other weights; take the old value, or start another run from it, with run.init_from")
+    if state["config"].get("eval", {}).get("sequences") != config.eval.sequences:
+        state["held_out"] |= forgotten  # losses of other sequences cannot be compared
     now = state["data_history"][-1]
     stream.first_step = now["from_step"]
     different = stream.differences(now["identity"])
@@ -102,6 +108,7 @@ def change_data(path: Path, state: dict, stream: TrainStream, different: dict, w
              "were trained on, and come again if they are in the new data too. From here on each sample comes once an "
              "epoch; the checkpoints remember the change")
     stream.first_step = state["step"]
+    state["held_out"] |= forgotten
     state["data_history"].append(dict(from_step=state["step"], tokens=state["tokens"], **stream.settings(),
                                       changed={key: list(values) for key, values in different.items()}))
 
@@ -116,10 +123,10 @@ class Weights:
             self.source = huggingface.Source(path)
             self.model = self.source.config
         else:
-            self.source, self.path = None, checkpoint.find(path)
+            self.source, self.path = None, agreed(lambda: checkpoint.find(path))  # that run may save another one just now
             checkpoint.verify(self.path)
             state = checkpoint.read_state(self.path)
-            self.model, self.tokenizer = model_of(self.path, state), state["tokenizer"]
+            self.model, self.tokenizer = checkpoint.model_of(self.path, state), state["tokenizer"]
 
     def check_tokenizer(self, tok, data: str, warnings: list[str]):
         """Raises UserError unless `tok`, that of the data, gives the ids that the weights know."""
@@ -151,14 +158,6 @@ class Weights:
                 positions.copy_(place_like(instead[name][:len(positions)], positions))
 
 
-def model_of(path: Path, state: dict) -> Model:
-    """The model settings of a checkpoint. Raises UserError where they are damaged."""
-    try:
-        return Model.model_validate(state["config"]["model"])
-    except (KeyError, ValidationError) as error:
-        raise UserError(f"{path}/state.json: its model is none of ours ({' '.join(str(error).split())[:200]})") from None
-
-
 def take_shape(config: Config) -> Weights | None:
     """run.init_from: what the config does not state of the model comes with the weights. Sets config.model.
 
@@ -167,17 +166,17 @@ def take_shape(config: Config) -> Weights | None:
     """
     if not config.run.init_from:
         return None
-    weights, found = None, [checkpoint.published(config.run_dir / "checkpoints")]
-    dist.broadcast_object_list(found, src=0)  # as in starting_point
-    for path in reversed(found[0]):
-        try:
-            theirs = model_of(path, checkpoint.read_state(path))
-            break
-        except UserError:
-            continue  # starting_point tells
+    def newest():
+        for path in reversed(checkpoint.published(config.run_dir / "checkpoints")):
+            with contextlib.suppress(UserError):  # damaged: starting_point tells
+                return path, checkpoint.model_of(path, checkpoint.read_state(path))
+
+    weights = None
+    if own := agreed(newest):
+        path, theirs = own
     else:
         weights = Weights(config.run.init_from)
-        theirs, path = weights.model, config.run.init_from
+        path, theirs = config.run.init_from, weights.model
     stated = {key: getattr(config.model, key) for key in config.model.model_fields_set}
     free = ("block_size", "dropout", "rope_base", "rope_scaling")
     for key, value in stated.items():
@@ -188,7 +187,27 @@ def take_shape(config: Config) -> Weights | None:
         raise UserError(f"model.block_size: {config.model.block_size}, and the learned positions of {path} end at "
                         f"{theirs.block_size}")
     config.model = theirs.model_copy(update={key: stated[key] for key in free if key in stated})
+    check_shape(config)
     return weights
+
+
+def agreed(function):
+    """What function() returns on rank 0, on all ranks: a network file system may show others another folder.
+
+    Raises its UserError on all.
+    """
+    if not dist.is_initialized():
+        return function()
+    said = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            said[0] = function()
+        except UserError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[1]:
+        raise UserError(said[1])
+    return said[0]
 
 
 def take_run_folder(config: Config, make: bool):

@@ -84,6 +84,8 @@ def convert(documents: Collection[tuple[str, str | tuple[str, str]]], out, token
     UserError: a bad option, text that is too short or cannot be encoded, a folder in the way, or no way to write.
     """
     check_options(block_size, stride, val_fraction, seed, workers, pairs)
+    if pairs and tokenizer.eot is None:
+        raise UserError(f"--tokenizer: {tokenizer.name} has no end-of-text, by which a model tells that a completion is over")
     if pairs and val_fraction and len(documents) == 1:
         raise UserError("--val-fraction: a single pair is not cut in two; give more of them, or --val-fraction 0")
     stride = block_size + 1 if pairs else stride or block_size  # samples of pairs have nothing in common
@@ -393,11 +395,12 @@ def _encode_task(task):
 def _encode(tokenizer: Tokenizer, piece):
     split, name, text = piece
     try:
+        before = np.array([] if tokenizer.bos is None else [tokenizer.bos], tokenizer.dtype)
         if isinstance(text, str):
-            ids = tokenizer.encode(text)
+            ids = np.concatenate([before, tokenizer.encode(text)])
         else:
             prompt, completion = (tokenizer.encode(part).astype(PAIRS) for part in text)
-            ids = np.concatenate([~prompt, completion])
+            ids = np.concatenate([~before.astype(PAIRS), ~prompt, completion])
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     return split, name, ids, len(whole(text).encode("utf-8"))

@@ -84,7 +84,7 @@ def train(config: Config, device: torch.device) -> dict:
     meter.open(first_step, warnings)
     introduce(meter, config, stream, model, resumed, state)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
-                             config.checkpoint.async_save, warn=meter.say)
+                             config.checkpoint.async_save, config.checkpoint.keep_best, warn=meter.say)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
     last_step, accumulation = config.max_steps, config.accumulation(world_size)
@@ -93,6 +93,8 @@ def train(config: Config, device: torch.device) -> dict:
     batches = stream.batches(first_step, last_step, rank, world_size, device)
     done, saved_step, record, signal_name = first_step, first_step, {}, None
     held_out = state["held_out"]
+    if rank == 0 and config.checkpoint.keep_best:
+        saver.point_at_best(held_out["best_step"])  # killed between the two, a run had saved it and not pointed at it
     if weights:  # finetuning: what there was before
         record = dict(step=0, tokens=0, loss=None, time=time.time()) | losses_now(0)
         held_out["before"] = record.get("val_loss")
@@ -162,8 +164,7 @@ def train(config: Config, device: torch.device) -> dict:
                 meter.log(record)
                 if saves or early or best and config.checkpoint.keep_best:
                     guard.at(done, "checkpoint")
-                    saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter),
-                               best and config.checkpoint.keep_best)
+                    saver.save(model, optimizer, run_state(config, done, stream, tok, state, numbers, meter))
                     saved_step = done
                 gc.collect(2 if saves else 1)
                 saver.tell()
@@ -188,9 +189,9 @@ def train(config: Config, device: torch.device) -> dict:
     if signal_name and saved:
         meter.say(f"stopped by {signal_name} after step {done} of {last_step}, and saved; the same command goes on")
     if None not in (held_out["before"], held_out["best"]):
-        where = f" ({config.run_dir}/checkpoints/best)" if config.checkpoint.keep_best else ""
+        kept = checkpoint.step_folder(config.run_dir / "checkpoints", held_out["best_step"])
         meter.say(f"validation loss {held_out['before']:.4f} before, {held_out['best']:.4f} at its lowest, after step "
-                  f"{held_out['best_step']}{where}")
+                  f"{held_out['best_step']}" + (f" ({kept})" if kept.exists() else " (not kept)"))
     lost = meter.close()
     if not saved:
         raise UserError(f"{config.run_dir}: the last checkpoint could not be saved; make room and run the command again")

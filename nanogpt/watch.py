@@ -137,7 +137,8 @@ class Watch:
                 self.ask_after = self.idle + self.run.timeout_s
                 if self._silent(max(3 * BEAT_S, self.run.timeout_s / 4)):
                     self._end(f"no progress for {self.idle:.0f} s")
-            if asked_at and self.phase == "start":  # nothing to save yet, and perhaps a collective that has no end
+            if asked_at and (self.phase == "start" or self.phase == "evaluation" and self.first):
+                # Nothing to save yet, and perhaps a collective that has no end.
                 if self.rank == 0:
                     print("stopped by a signal before the first step: there is nothing new to save", flush=True)
                 os._exit(Stopped.STATUS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.config import Config, help_text, load_config
+from nanogpt.config import Config, check_shape, help_text, load_config
 from nanogpt.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -110,3 +110,20 @@ def test_help_names_every_setting_and_imports_nothing_heavy():
     for section, field in Config.model_fields.items():
         for name in field.annotation.model_fields:
             assert f"--{section}.{name} " in done.stdout
+
+
+def test_what_comes_with_weights_is_not_checked_against_defaults(tmp_path):
+    """run.init_from: the shape of the model is known later."""
+    (tmp_path / "a.yaml").write_text("{data: {path: d}, model: {rope_scaling: {kind: linear, factor: 4}, n_head: 25}, "
+                                     "train: {max_tokens: 3000000, global_batch_size: 12}, optim: {warmup_steps: 300}}")
+    with pytest.raises(UserError) as error:
+        load_config([str(tmp_path / "a.yaml")])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and all(f"{key}: " in line for key, line in zip(
+        ("model.n_embd", "model.rope_scaling", "optim.warmup_steps"), lines))
+    config = load_config([str(tmp_path / "a.yaml"), "--run.init_from", "hf:x"])
+    config.model = config.model.model_copy(update=dict(position="rope", n_embd=1600, block_size=64))
+    check_shape(config)  # 3906 steps of 12 x 64
+    config.model.n_head = 24
+    with pytest.raises(UserError, match="1600 is not a multiple of n_head 24"):
+        check_shape(config)

@@ -126,6 +126,13 @@ def test_a_shape_that_contradicts_the_weights_is_refused(gpt2, finetune):
     assert not (finetune.folder / "refused").exists()
 
 
+def test_frozen_blocks_stay_so(gpt2, finetune):
+    options = [f"--run.init_from={gpt2[1]}", "--model.block_size=32", "--train.micro_batch_size=4"]
+    finetune("frozen", 1, *options, "--train.freeze_blocks=1", steps=1)
+    with pytest.raises(RuntimeError, match="UserError: train.freeze_blocks: is 2 and was 1 in .*init_from"):
+        finetune("frozen", 1, *options, "--train.freeze_blocks=2", steps=2)
+
+
 def test_own_weights_with_another_context(small_run, finetune):  # noqa: F811
     """A shorter one of learned positions; a longer one of rotary positions, with another base."""
     small_run("learned", 2, "--train.micro_batch_size=4", "--optim.warmup_steps=0", steps=2)
@@ -159,10 +166,20 @@ def test_the_best_is_kept_and_the_run_ends_when_it_gets_no_better(finetune, smal
     longer = finetune("best", 1, *options, "--eval.patience=4", steps=40)
     assert longer[:len(metrics)] == metrics and len(longer) > len(metrics)
 
+    # Other sequences cannot be compared with what was the best of these: the run goes on. What a kill kept from
+    # being pointed at is pointed at again.
+    (checkpoints / "best").unlink()
+    other = finetune("best", 1, *options, "--eval.patience=4", "--eval.sequences=12", steps=len(longer) + 1)
+    assert len(other) == len(longer) + 1 and (checkpoints / "best").resolve().name == f"step-{len(other):08d}"
+    checkpoint = checkpoints / f"step-{best:08d}"
+    assert not checkpoint.exists()  # it is the best no more
+    losses[len(other)] = other[-1]["val_loss"]
+    best = len(other)
+
     # Evaluated alone, it comes to the same, and nothing is written.
     record = finetune.ranks(2, evaluate_only, [str(finetune.config), *OURS, f"--run.dir={finetune.folder / 'nothing'}",
                                                f"--run.init_from={checkpoints / 'best'}", "--eval.only=true",
-                                               "--train.micro_batch_size=4"])[0]
+                                               "--eval.sequences=12", "--train.micro_batch_size=4"])[0]
     assert record["val_loss"] == pytest.approx(losses[best], rel=1e-6)
     assert not (finetune.folder / "nothing").exists()
 
@@ -180,7 +197,8 @@ def test_keeping_the_best_needs_a_val_split(finetune, text_dataset, tmp_path):
     del card["splits"]["val"]
     (data / "dataset.json").write_text(json.dumps(card))
     with pytest.raises(RuntimeError, match="UserError: eval.patience, checkpoint.keep_best: the data has no val split"):
-        finetune("no-val", 1, *SHAPE, "--model.block_size=32", f"--data.path={data}", "--train.micro_batch_size=8", "--eval.patience=2")
+        finetune("no-val", 1, *SHAPE, "--model.block_size=32", f"--data.path={data}", "--train.micro_batch_size=8", "--eval.patience=2",
+                 "--eval.interval=1")
 
 
 def test_weights_without_an_optimizer_cannot_be_resumed(small_run):  # noqa: F811

@@ -12,8 +12,8 @@ import nanogpt
 from nanogpt import huggingface
 from nanogpt.config import Model
 from nanogpt.errors import UserError
-from nanogpt.generate import Context, Continuation, QuickLinear, Text, generate, new_ids
-from nanogpt.model import GPT
+from nanogpt.generate import Cache, Context, Continuation, QuickLinear, Text, generate, new_ids
+from nanogpt.model import GPT, CausalSelfAttention
 from nanogpt.sampling import Sampling
 from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
 
@@ -62,6 +62,17 @@ def test_cached_logits_are_those_without_a_cache(kind, lengths):
         new = torch.randint(0, 50, (len(texts),))
         context.add(new)
         texts = [text + [i] for text, i in zip(texts, new.tolist())]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_several_tokens_after_cached_ones(monkeypatch, fused):
+    monkeypatch.setattr(CausalSelfAttention, "fused", fused)
+    model, ids = small("llama"), torch.randint(0, 50, (2, 12))
+    cache = [Cache(model, 2, 12) for _ in range(2)]
+    with torch.no_grad():
+        for first, last in ((0, 5), (5, 9), (9, 12)):
+            logits = model(ids[:, first:last], positions=torch.arange(first, last), cache=cache)
+            assert torch.allclose(logits, model(ids[:, :last]), atol=1e-5)
 
 
 def test_one_token_at_a_time_goes_through_the_model():

@@ -114,6 +114,10 @@ def test_chunked_loss_and_gradients_are_those_of_the_plain_one(monkeypatch, dtyp
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     for a, b in zip(ours, exact):
         assert (a.grad - b.grad).norm() / b.grad.norm() < tolerance
+    frozen = cross_entropy_sum(ours[0], ours[1].detach(), targets, 90, softcap)  # a head that is not trained
+    before, ours[0].grad = ours[0].grad, None
+    (frozen / 7).backward()
+    assert torch.equal(ours[0].grad, before)
     with torch.no_grad():
         assert cross_entropy_sum(*ours, targets, 90, softcap).item() == pytest.approx(loss.item(), rel=1e-6)
 

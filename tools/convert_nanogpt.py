@@ -156,7 +156,7 @@ def convert_checkpoint(path: Path, meta: Path | None, out: Path):
                               "tokenizer fingerprint": tok.fingerprint})
         state = dict(step=steps, tokens=steps * config.tokens_per_step, config=config.model_dump(), data_history=[data],
                      next_samples="drawn by nanoGPT", tokenizer=tok.to_json(), world_size=1, skipped_steps=[],
-                     held_out=dict(before=None, best=loss, best_step=steps, since=0), recent_losses=[],
+                     held_out=dict(before=None, best=loss, best_step=None, since=0), recent_losses=[],
                      versions=dict(nanogpt=__version__, torch=torch.__version__))
         partial = out.resolve().parent / f".{out.name}.partial-{os.getpid()}"
         try:
@@ -171,7 +171,7 @@ def convert_checkpoint(path: Path, meta: Path | None, out: Path):
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error}); take another --out") from None
     print(f"{out}: written, step {steps}, {sum(t.numel() for t in tensors.values()) / 1e6:.2f}M parameters, tokenizer "
-          f"{tok.name} with {tok.vocab_size:,} ids, validation loss {'not known' if loss is None else f'{loss:.4f}'}")
+          f"{tok.name} with {tok.vocab_size:,} ids, lowest validation loss {'not known' if loss is None else f'{loss:.4f}'}")
 
 
 # ---- .bin -----------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def main():
     parser.add_argument("--out", required=True, default=SUPPRESS, type=Path, metavar="DIR",
                         help="dataset folder to make")
     parser.add_argument("--tokenizer", default="gpt2",
-                        help="byte, char, gpt2 or another tiktoken name, or a ranks file")
+                        help="byte, char, gpt2 or another tiktoken name, a ranks file, or a tokenizer.json")
     parser.add_argument("--pairs", action="store_true",
                         help="the files are JSONL of prompts and completions, and only completions are trained on")
     parser.add_argument("--block-size", type=int, default=1024, help="tokens a sample trains on")

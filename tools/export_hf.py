@@ -107,7 +107,7 @@ def validation_loss(file: Path, state: dict) -> str:
     """The last one measured until the checkpoint's step, in words; without metrics.jsonl, the lowest one."""
     found, held_out, step = None, state["held_out"], state["step"]
     if held_out["best"] is not None:
-        found = f"{held_out['best']:.4f} nats a token, at step {held_out['best_step']:,}"
+        found = f"{held_out['best']:.4f} nats a token, the lowest of its training"
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             record = json.loads(line)

@@ -52,7 +52,7 @@ def main():
         raise UserError(f"--seed: {args.seed} is out of range; take 0 to 2**63 - 1")
     if "" in args.stop:
         raise UserError("--stop: give a text of at least one character")
-    prompts = [read(prompt) for prompt in args.prompt or [""] for _ in range(args.num_samples)]
+    prompts = [prompt for prompt in map(read, args.prompt or [""]) for _ in range(args.num_samples)]
     sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
 
     from nanogpt.generate import load
