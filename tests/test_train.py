@@ -41,14 +41,22 @@ def small_run(ranks, text_dataset, tmp_path_factory):
     return run
 
 
+MODERN = ["--model.position=rope", "--model.norm=rmsnorm", "--model.mlp=swiglu", "--model.qk_norm=true", "--model.n_kv_head=1",
+          "--model.bias=false", "--model.tied=false"]
+
+
 @pytest.fixture(scope="module")
 def plain_loop(small_run, text_dataset):
+    return run_plain_loop(small_run, text_dataset)
+
+
+def run_plain_loop(small_run, text_dataset, *options):
     """(losses, gradient norms) of a loop without FSDP, ranks, accumulation or our reader of shards."""
     from nanogpt.config import load_config
     from nanogpt.model import GPT
     from nanogpt.shards import import_streaming
     from nanogpt.stream import TrainStream
-    config = load_config([str(small_run.config), *SMALL, f"--train.max_steps={STEPS}", "--train.micro_batch_size=8"])
+    config = load_config([str(small_run.config), *SMALL, f"--train.max_steps={STEPS}", "--train.micro_batch_size=8", *options])
     stream = TrainStream(config)
     samples = import_streaming().LocalDataset(local=str(text_dataset / "train"))
     config.model.vocab_size = 257
@@ -198,9 +206,14 @@ def test_max_tokens_ends_the_run(small_run):
     assert metrics[-1]["step"] == 5 and metrics[-1]["tokens"] == 1280
 
 
-def test_bfloat16_compiled_on_two_ranks_learns_like_float32(small_run, plain_loop):
-    metrics = small_run("bf16", 2, "--train.micro_batch_size=4", "--train.precision=bfloat16", "--train.compile=true")
-    assert [m["loss"] for m in metrics] == pytest.approx(plain_loop[0], rel=0.03)
+def test_the_modern_block_on_two_ranks(small_run, text_dataset):
+    losses, norms = run_plain_loop(small_run, text_dataset, *MODERN)
+    metrics = small_run("modern", 2, *MODERN, "--train.micro_batch_size=2", "--sharding.activation_checkpointing=selective")
+    assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
+    assert [m["grad_norm"] for m in metrics] == pytest.approx(norms, rel=1e-4)
+    # In bfloat16 and compiled it learns alike.
+    metrics = small_run("bf16", 2, *MODERN, "--train.micro_batch_size=4", "--train.precision=bfloat16", "--train.compile=true")
+    assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=0.03)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_by_name(small_run, text_dataset):
