@@ -70,9 +70,8 @@ class Saver:
 
     def __init__(self, folder: Path, keep_last: int, keep_every: int, async_save: bool, keep_best: bool = False, warn=print):
         """folder: RUN/checkpoints. Every rank makes one; rank 0 publishes."""
-        self.keep_best = keep_best
         self.folder, self.keep_last, self.keep_every, self.async_save = folder, keep_last, keep_every, async_save
-        self.warn = warn
+        self.keep_best, self.warn = keep_best, warn
         self.group = dist.new_group(backend="gloo")  # of its own: the background thread talks while training does
         self.writing = None                          # DCP's future of the save under way
         self.published = threading.Event()           # rank 0: the publishing of the last save has ended
@@ -132,8 +131,8 @@ class Saver:
             self.published.set()
 
     def point_at_best(self, step: int | None):
-        """Rank 0: `best` is a link to that step, where it is there; else, for want of room, to the best one that is."""
-        if step is not None and step_folder(self.folder, step) in complete_steps(self.folder):
+        """Rank 0: `best` becomes a link to that step; where that could not be saved, it stays with the best that was."""
+        if step is not None and (step_folder(self.folder, step) / "manifest.json").exists():
             link = self.folder / ".best.partial"
             with contextlib.suppress(OSError):  # a file system without links: the folder itself is kept all the same
                 link.unlink(missing_ok=True)
@@ -142,9 +141,9 @@ class Saver:
 
     def _retain(self, best_step: int | None):
         """Keeps the newest keep_last, each keep_every-th, and the best."""
-        best = [step_folder(self.folder, best_step or 0), (self.folder / "best").resolve()] if self.keep_best else []
+        best = {step_folder(self.folder, best_step or 0).name, (self.folder / "best").resolve().name} if self.keep_best else ()
         for path in complete_steps(self.folder)[:-self.keep_last]:
-            if not (self.keep_every and step_of(path) % self.keep_every == 0) and path.name not in [b.name for b in best]:
+            if not (self.keep_every and step_of(path) % self.keep_every == 0) and path.name not in best:
                 gone = path.with_name(f".{path.name}.deleted")
                 os.rename(path, gone)
                 shutil.rmtree(gone, ignore_errors=True)

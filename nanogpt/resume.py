@@ -215,8 +215,9 @@ def take_run_folder(config: Config, make: bool):
 
     Raises UserError, on all ranks, where another run is there, or nothing can be written.
     """
-    folder, problem = config.run_dir, [None]
-    if dist.get_rank() == 0:
+    folder = config.run_dir
+
+    def take():
         try:
             if make:
                 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -226,20 +227,22 @@ def take_run_folder(config: Config, make: bool):
                 aside = folder / ".config.yaml.partial"
                 aside.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
                 os.replace(aside, folder / "config.yaml")
-        except UserError as error:
-            problem = [str(error)]
         except OSError as error:
-            problem = [f"{folder}: cannot be written ({error.strerror}); choose another run.dir"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise UserError(problem[0])
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another run.dir") from None
+
+    agreed(take)
 
 
 def run_state(config: Config, step: int, stream: TrainStream, tok, state: dict, numbers: Numbers, meter: Meter) -> dict:
     """state.json: what a checkpoint knows beside its tensors."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "mosaicml-streaming", "numpy")}
     return dict(step=step, tokens=meter.tokens(step), config=config.model_dump(), data_history=state["data_history"],
                 next_samples=stream.fingerprint(step), tokenizer=tok.to_json(), world_size=dist.get_world_size(),
                 skipped_steps=numbers.skipped, held_out=state["held_out"],
                 recent_losses=[x if math.isfinite(x) else None for x in numbers.recent(step)[-numbers.RECENT:]],
-                versions=dict(nanogpt=__version__, python=sys.version.split()[0], **versions))
+                versions=versions())
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers and orders depend on."""
+    return dict(nanogpt=__version__, python=sys.version.split()[0],
+                **{name: importlib.metadata.version(name) for name in ("torch", "mosaicml-streaming", "numpy")})

@@ -60,10 +60,10 @@ def shard(model: GPT, config: Config, device_type: str):
     """Wraps a model in place."""
     c = config.sharding
     mesh = make_mesh(c, device_type)
-    precision = MixedPrecisionPolicy(cast_forward_inputs=False)  # angles of rotary positions stay float32
+    dtypes = {}
     if config.train.precision != "float32":
-        precision = MixedPrecisionPolicy(param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32,
-                                         cast_forward_inputs=False)
+        dtypes = dict(param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False, **dtypes)  # angles of rotary positions stay float32
     wrap = functools.partial(fully_shard, mesh=mesh, mp_policy=precision,
                              offload_policy=CPUOffloadPolicy(pin_memory=device_type != "cpu") if c.cpu_offload else OffloadPolicy())
     frees = c.strategy in ("full", "hybrid")  # the others keep a block's weights between forward and backward

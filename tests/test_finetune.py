@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_train import SMALL, small_run, train_run  # noqa: F401
+from test_train import SMALL, plain_optimizer, small_run, train_run  # noqa: F401
 
 SHAPE = [option for option in SMALL if option.startswith("--model.n_")]
 OURS = [option for option in SMALL if option not in SHAPE and ".block_size" not in option]  # these come with the weights
@@ -57,9 +57,7 @@ def plain_finetuning(model, text_dataset, config_file, trained, steps):
     for name, p in model.named_parameters():
         p.requires_grad_(trained(name))
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([dict(params=[p for p in params if p.dim() == 2]),
-                                   dict(params=[p for p in params if p.dim() == 1], weight_decay=0.0)],
-                                  betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = plain_optimizer(params)
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:

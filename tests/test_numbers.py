@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_train import SMALL, STEPS, small_run  # noqa: F401
+from test_train import SMALL, STEPS, plain_optimizer, small_run  # noqa: F401
 
 from nanogpt.errors import Stopped, UserError
 from nanogpt.meter import loss_spikes, take_back
@@ -97,9 +97,7 @@ def plain(batches, skipped=()):
     from nanogpt.model import GPT
     model = GPT(Model(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=257))
     model.init_weights(1337)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() == 2) == two] for two in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95),
-                                  weight_decay=0.1)
+    optimizer = plain_optimizer(model.parameters())
     losses = []
     for step, tokens in enumerate(batches, start=1):
         for group in optimizer.param_groups:

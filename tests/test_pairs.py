@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import convert as convert_text
 from test_shards import BYTE, call_tool, hashes, make, one_line, read
-from test_train import SMALL, train_run
+from test_train import SMALL, plain_optimizer, train_run
 
 from nanogpt.config import Model, load_config
 from nanogpt.errors import UserError
@@ -251,9 +251,7 @@ def test_a_step_is_divided_by_the_targets_of_all_ranks(tmp_path, dataset, ranks)
     config.model.vocab_size = 257
     model = GPT(config.model)
     model.init_weights(config.run.seed)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() == 2) == two] for two in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95),
-                                  weight_decay=0.1)
+    optimizer = plain_optimizer(model.parameters())
     losses, counts = [], []
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -50,6 +50,14 @@ def plain_loop(small_run, text_dataset):
     return run_plain_loop(small_run, text_dataset)
 
 
+def plain_optimizer(parameters):
+    """AdamW with nanoGPT's groups, as all the plain loops of these tests have it."""
+    parameters = list(parameters)
+    matrices, vectors = ([p for p in parameters if (p.dim() == 2) == two] for two in (True, False))
+    return torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95),
+                             weight_decay=0.1)
+
+
 def run_plain_loop(small_run, text_dataset, *options):
     """(losses, gradient norms) of a loop without FSDP, ranks, accumulation or our reader of shards."""
     from nanogpt.config import load_config
@@ -62,9 +70,7 @@ def run_plain_loop(small_run, text_dataset, *options):
     config.model.vocab_size = 257
     model = GPT(config.model)
     model.init_weights(config.run.seed)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() == 2) == two] for two in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95),
-                                  weight_decay=0.1)
+    optimizer = plain_optimizer(model.parameters())
     losses, norms = [], []
     for step in range(STEPS):
         lr = 0.01 * (step + 1) / 5 if step < 4 else \

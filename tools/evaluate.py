@@ -58,6 +58,7 @@ def main():
     from nanogpt import evaluate
     from nanogpt.config import Config
     from nanogpt.ranks import init_process_group
+    from nanogpt.resume import versions
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: cuda is asked for, and PyTorch finds none here")
     device = init_process_group(Config(run=dict(device=args.device)))
@@ -94,14 +95,11 @@ def main():
 
 def load(args, device):
     """(where the model was found, generate.Text)"""
-    import torch.distributed as dist
-
     from nanogpt import checkpoint, generate
+    from nanogpt.resume import agreed
     path = args.hf
     if args.run:
-        found = [checkpoint.find(args.run)]
-        dist.broadcast_object_list(found, src=0)  # a run that goes on may have saved since
-        path = str(found[0])
+        path = str(agreed(lambda: checkpoint.find(args.run)))  # a run that goes on may save another one just now
     elif not Path(path).exists() and not path.startswith("hf:"):
         path = f"hf:{path}"
     return path, generate.load(path, str(device), args.precision)
@@ -160,14 +158,6 @@ def write(out: Path, said: dict):
         os.replace(aside, out)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); take another --out") from None
-
-
-def versions() -> dict:
-    import importlib.metadata
-
-    from nanogpt import __version__
-    return dict(nanogpt=__version__, python=sys.version.split()[0],
-                **{name: importlib.metadata.version(name) for name in ("torch", "mosaicml-streaming", "numpy")})
 
 
 def one_voice():
