@@ -36,6 +36,7 @@ from streaming.base.util import bytes_to_int  # noqa: E402
 
 ATTEMPTS, PAUSE_S = 6, 0.5  # of a download; the pauses between them double
 TIMEOUT_S = 10              # without a byte; boto alone goes through three of these, or five, in each of our attempts,
+NOT_THERE = "copy it there again, or mend data.path"
 PATIENCE_S = 60             # so after this long there is no further attempt, but for a second one
 
 
@@ -143,8 +144,12 @@ class _Stream(streaming.Stream):
         return 0  # Dataset counts what is cached
 
 
+class NotThere(UserError):
+    """The file does not exist there: the storage itself has answered."""
+
+
 def _cache_limit(setting: str | None, what: str, shards: list) -> int | None:
-    """data.cache_limit in bytes. One that cannot hold the shards that are in use at once is refused."""
+    """data.cache_limit in bytes. One that cannot hold what is read and fetched at once is refused, in whatever order."""
     if setting is None:
         return None
     try:
@@ -251,7 +256,8 @@ def _fetch(remote: str, local: Path, get):
                 remedy = f"tried {attempt} times; " + (
                     "copy it there again, or convert the text again" if isinstance(error, _Damaged) else
                     "once that is mended, the same command goes on")
-            raise UserError(f"{remote}: cannot be fetched ({said}); {remedy}") from error
+            kind = NotThere if remedy == NOT_THERE else UserError
+            raise kind(f"{remote}: cannot be fetched ({said}); {remedy}") from error
         finally:
             with contextlib.suppress(OSError):
                 aside.unlink()
@@ -267,7 +273,7 @@ def _remedy(error: Exception, said: str) -> str | None:
     if "nable to locate credentials" in said or "credentials were not found" in said:
         return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or what else your storage asks for"
     if isinstance(error, FileNotFoundError) or "not found" in said.lower():
-        return "copy it there again, or mend data.path"
+        return NOT_THERE
     if local or isinstance(error, ImportError) or "Unsupported" in said:
         return "mend data.path or data.cache_dir"
     return None

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, with the errors of all ranks
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from nanogpt.config import Model
+from nanogpt.config import Model, Train
 from nanogpt.errors import UserError
 from nanogpt.shards import file_hash
 
@@ -332,8 +332,11 @@ class State(_Strict):
     @model_validator(mode="after")
     def _agrees(self):
         era = self.data_history[-1]
-        if era.from_step > self.step or len(self.recent_losses) > self.step or self.tokens != \
-                era.tokens + (self.step - era.from_step) * era.identity.global_batch_size * era.identity.block_size:
+        batches = Train(global_batch_size=era.identity.global_batch_size,
+                        batch_schedule=self.config.get("train", {}).get("batch_schedule"))
+        sequences = batches.sequences(self.step) - batches.sequences(era.from_step)
+        if era.from_step > self.step or len(self.recent_losses) > self.step or \
+                self.tokens != era.tokens + sequences * era.identity.block_size:
             raise ValueError("its steps, tokens and losses contradict each other")
         return self
 

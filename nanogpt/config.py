@@ -10,11 +10,16 @@ import collections
 import difflib
 import os
 import re
+from bisect import bisect_left
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError,
+                      model_serializer, model_validator)
+from pydantic_core import PydanticCustomError
 
 from nanogpt.errors import UserError
 
@@ -26,7 +31,32 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32), NoSwitch]
 Fraction = Annotated[float, Field(ge=0, lt=1), NoSwitch]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), NoSwitch]
 Seconds = Annotated[float, Field(gt=0, le=1e9), NoSwitch]
+Weight = Annotated[float, Field(gt=0, le=1e18), NoSwitch]
+Folder = Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")]  # a name, not a path
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what no name or path of a run should hold
+
+
+
+
+def _rising(points: list[list[int]]) -> list[list[int]]:
+    steps, sizes = zip(*points)
+    if steps[0] or any(a >= b for a, b in zip(steps, steps[1:])):
+        raise PydanticCustomError("points", "its points are [step, size], and their steps must begin with 0 and rise")
+    if not sizes[0] or any(a > b for a, b in zip(sizes, sizes[1:])):
+        raise PydanticCustomError("points", "its points are [step, size], and their sizes must be above 0 and not fall")
+    return points
+
+
+def _dividing(points: list[list[int]]) -> list[list[int]]:
+    for (_, a), (_, b) in zip(points, points[1:]):
+        if b % a:
+            raise PydanticCustomError("points", "each of its blocks must divide the next, and {a} does not divide {b}",
+                                      dict(a=a, b=b))
+    return points
+
+
+Point = Annotated[list[Annotated[int, Field(ge=0, le=1 << 20), NoSwitch]], Field(min_length=2, max_length=2)]
+Points = Annotated[list[Point], Field(min_length=1, max_length=50), AfterValidator(_rising)]
 
 
 class Section(BaseModel):
@@ -54,20 +84,42 @@ class Run(Section):
 
 
 class Source(Section):
-    """One dataset of a mixture."""
+    """One dataset of a mixture. All of a mixture have the same one of proportion, repeat and samples."""
     path: str = Field(description="dataset folder or URL")
-    proportion: Annotated[float, Field(gt=0, le=1e9), NoSwitch] = Field(1.0, description="its share of the samples")
+    proportion: Weight | None = Field(None, description="its share of the samples (default: 1)")
+    repeat: Weight | None = Field(None, description="how often it is gone through while another, of repeat 1, is once")
+    samples: Weight | None = Field(None, description="how many of its samples come in a round of all datasets")
+    split: Folder = Field("train", description="its folder that is trained on, by whatever name in MDS from elsewhere")
+    val_split: Folder = Field("val", description="its folder for validation")
+
+    @property
+    def kinds(self) -> list[str]:
+        """Which of the three are given."""
+        return [kind for kind in ("proportion", "repeat", "samples") if getattr(self, kind) is not None] or ["proportion"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value):
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, dump):  # what checkpoints hold of a mixture stays as it was before there was more to give
+        return {key: value for key, value in dump(self).items() if value != Source.model_fields[key].default}
 
 
 class Data(Section):
     """What is read, and in which order. Nothing here may change when a run is resumed, but the cache."""
     path: str | None = Field(None, description="dataset folder, or its URL (s3://…, gs://…), as the converters write it")
-    train: list[Source] | None = Field(None, min_length=1, description="in place of path: several datasets, mixed, as "
-                                       "[{path: data/owt, proportion: 0.7}, {path: data/code, proportion: 0.3}]")
+    train: Annotated[list[Source], BeforeValidator(lambda x: [x] if isinstance(x, (str, dict)) else x)] | None = Field(
+        None, min_length=1, description="in place of path: one dataset, or several, mixed, as [{path: data/owt, proportion: "
+        "0.7}, {path: data/code, proportion: 0.3}]; in place of proportion, all may have repeat, how often each is gone "
+        "through, or samples, how many of each come in a round")
+    tokenizer: str | None = Field(None, description="of MDS without a dataset.json, as llm-foundry writes it: gpt2, a ranks "
+                                  "file or a tokenizer.json")
     mixture: Literal["random", "stratified"] = Field("random", description="random: each sample's dataset is drawn; "
                                                      "stratified: every step holds them in proportion")
     cache_dir: str | None = Field(None, description="where shards of a URL are kept (default: RUN_DIR/cache)")
-    cache_limit: str | None = Field(None, description="room for cached shards, as 200gb (default: no limit)")
+    cache_limit: str | None = Field(None, description="room for the cached shards of a split, as 200gb (default: no limit)")
     num_canonical_nodes: Size = Field(8, description="parts of the order, dealt to nodes: keep it ≥ nodes")
     shuffle: bool = Field(True, description="a new order each epoch; off: the order of the dataset")
     shuffle_algo: Literal["py1e", "py1br", "py1b", "py1s", "py2s", "naive"] = Field("py1e", description="as in streaming")
@@ -103,6 +155,8 @@ class Model(Section):
     block_size: Size = Field(1024, description="context in tokens; that of the dataset, or a divisor of it")
     vocab_size: Positive | None = Field(None, description="ids (default: from the dataset's tokenizer)")
     dropout: Fraction = Field(0.0, description="on embeddings, attention and residual branches")
+    mask_documents: bool = Field(False, description="in training, no token sees another document of its sample, and "
+                                 "positions begin anew with each")
     bias: bool = Field(True, description="biases in Linear and LayerNorm, as in GPT-2; off is a little better and faster")
     attention_bias: bool | None = Field(None, description="biases in the Linears of attention (default: as bias)")
     position: Literal["learned", "rope"] = Field("learned", description="a learned vector for each position, or rotary")
@@ -168,12 +222,50 @@ class Optim(Section):
     grad_clip: Amount = Field(1.0, description="largest norm of the whole gradient; 0: no clipping")
 
 
+class BatchSchedule(Section):
+    """A global batch that grows: [step, size] points, the last of train.global_batch_size."""
+    kind: Literal["linear", "stepped"]
+    points: Points
+    multiple: Size | None = Field(None, description="linear: sizes are rounded down to multiples of it (default: the first)")
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.kind == "stepped" and self.multiple:
+            raise PydanticCustomError("multiple", "only kind linear has a multiple")
+        if wrong := [size for _, size in self.points if self.kind == "linear" and size % self.unit]:
+            raise PydanticCustomError("multiple", "size {size} of its points is not a multiple of {unit}",
+                                      dict(size=wrong[0], unit=self.unit))
+        return self
+
+    @property
+    def unit(self) -> int:
+        return self.multiple or self.points[0][1]
+
+    def __str__(self):
+        return f"{self.kind} {self.points}" + (f" by {self.unit}" if self.kind == "linear" else "")
+
+
+@lru_cache(maxsize=8)
+def _sums(kind: str, points: tuple, unit: int) -> list[int]:
+    """Sequences in the first 0, 1, … steps of a schedule, up to the step of its last point."""
+    sizes = []
+    for (step, size), (end, last) in zip(points, points[1:]):
+        n = end - step
+        sizes += [size] * n if kind == "stepped" else [(size * n + (last - size) * i) // n // unit * unit for i in range(n)]
+    return list(accumulate(sizes, initial=0))
+
+
 class Train(Section):
     """How much, in which pieces, in which precision."""
     max_steps: Positive | None = Field(None, description="optimizer steps of the whole run")
     max_tokens: Positive | None = Field(None, description="tokens of the whole run, rounded up to whole steps; "
                                         "with max_steps: whichever comes first")
     global_batch_size: Positive = Field(480, description="sequences an optimizer step, over all ranks")
+    batch_schedule: BatchSchedule | None = Field(
+        None, description="a global batch that grows with the step until it is global_batch_size, as {kind: linear, points: "
+        "[[0, 96], [2000, 480]]}, or of kind stepped")
+    block_schedule: Annotated[Points, AfterValidator(_dividing)] | None = Field(
+        None, description="the same samples in shorter blocks at first, as [[0, 64], [1000, 1024]]: 64 until step 1000")
     micro_batch_size: Positive = Field(12, description="sequences a rank puts through the model at once")
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
@@ -183,6 +275,32 @@ class Train(Section):
     max_skipped_steps: Annotated[int, Field(ge=0, le=1 << 20), NoSwitch] = Field(
         0, description="steps of the whole run that may be left out because their loss or gradient is not finite; one "
         "more stops it")
+
+    @property
+    def _ramp(self) -> list[int]:
+        of = self.batch_schedule
+        return _sums(of.kind, tuple(map(tuple, of.points)), of.unit) if of else [0]
+
+    def sequences(self, steps: int) -> int:
+        """In the first `steps` steps: where in the endless order of the data the next begins."""
+        ramp = self._ramp
+        return ramp[min(steps, len(ramp) - 1)] + max(0, steps - len(ramp) + 1) * self.global_batch_size
+
+    def batch(self, step: int) -> int:
+        """Sequences of step `step`, from 0."""
+        return self.sequences(step + 1) - self.sequences(step)
+
+    def steps(self, sequences: int) -> int:
+        """The fewest steps that take at least so many sequences."""
+        ramp = self._ramp
+        more = sequences - ramp[-1]
+        return bisect_left(ramp, sequences) if more <= 0 else len(ramp) - 1 - -more // self.global_batch_size
+
+    def sizes(self) -> dict[int, int]:
+        """{size of a batch: the first step that has it}"""
+        ramp = self._ramp
+        sizes = [*(b - a for a, b in zip(ramp, ramp[1:])), self.global_batch_size]
+        return dict(zip(reversed(sizes), range(len(sizes) - 1, -1, -1)))
 
 
 class Eval(Section):
@@ -241,18 +359,26 @@ class Config(Section):
 
     @property
     def tokens_per_step(self) -> int:
+        """Once the batch is train.global_batch_size."""
         return self.train.global_batch_size * self.model.block_size
 
     @property
     def max_steps(self) -> int:
-        """Optimizer steps of the whole run: the smaller of max_steps and max_tokens / tokens_per_step, rounded up."""
+        """Optimizer steps of the whole run: the smaller of max_steps, and those that max_tokens takes, rounded up."""
         steps, tokens = self._before
-        by_tokens = steps - (tokens - self.train.max_tokens) // self.tokens_per_step if self.train.max_tokens else None
+        by_tokens = self.train.max_tokens and self.train.steps(
+            self.train.sequences(steps) - (tokens - self.train.max_tokens) // self.model.block_size)
         return min((n for n in (self.train.max_steps, by_tokens) if n is not None), default=0)  # 0: eval.only
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches a rank puts through the model for one optimizer step."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+    def accumulation(self, world_size: int, step: int | None = None) -> int:
+        """Micro-batches a rank puts through the model for optimizer step `step` (None: the last)."""
+        batch = self.train.global_batch_size if step is None else self.train.batch(step)
+        return batch // (self.train.micro_batch_size * world_size)
+
+    def block(self, step: int) -> int:
+        """Tokens of a sequence of step `step`, from 0."""
+        return max((block for first, block in self.train.block_schedule or () if first <= step),
+                   default=self.model.block_size)
 
 
 def load_config(argv: list[str], world_size: int = 1, local_world_size: int = 1) -> Config:
@@ -313,6 +439,9 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
         if re.search("://[^/]*(@|:(?!\\d+(/|$)))", source.path):  # user@host, user:secret with a slash, but not host:9000
             yield ["data.path", "data.train"], "a URL with a password would be copied into logs and checkpoints; " \
                   "credentials come from the environment"
+    if len(kinds := sorted({kind for source in c.data.train or () for kind in source.kinds})) > 1:
+        yield (["data.train"],
+               f"its datasets have {' and '.join(kinds)}; give all of them the same one (default: proportion 1)")
     if not c.run.init_from:  # else the shape is not known yet
         yield from _of_shape(c)
     if c.eval.only:
@@ -324,11 +453,19 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
     if c.optim.min_learning_rate is not None and c.optim.min_learning_rate > c.optim.learning_rate:
         yield ["optim.min_learning_rate"], f"is above learning_rate {c.optim.learning_rate:g}"
     each = c.train.micro_batch_size * world_size
-    wholes = c.train.global_batch_size // each
-    if c.train.global_batch_size % each and not c.eval.only:
-        yield (["train.global_batch_size", "train.micro_batch_size"],
-               f"{c.train.global_batch_size} is not a multiple of {ranks} x micro_batch_size "
-               f"{c.train.micro_batch_size} = {each}; take {f'{wholes * each} or ' if wholes else ''}{(wholes + 1) * each}")
+    schedule = c.train.batch_schedule
+    if schedule and schedule.points[-1][1] != c.train.global_batch_size:
+        yield (["train.batch_schedule", "train.global_batch_size"], f"ends with {schedule.points[-1][1]}, and "
+               f"train.global_batch_size is {c.train.global_batch_size}; make these the same")
+    for size, step in sorted(c.train.sizes().items()):
+        if size % each and not c.eval.only:
+            key, when, rest = ("batch_schedule", f", from step {step} on,", f", and multiples of {each} for all") \
+                if schedule else ("global_batch_size", "", "")
+            near = " or ".join(str(n) for n in (size // each * each, (size // each + 1) * each) if n)
+            yield ([f"train.{key}", "train.micro_batch_size"],
+                   f"{size}{when} is not a multiple of {ranks} x micro_batch_size {c.train.micro_batch_size} = {each}; take "
+                   f"{near}{rest}")
+            break
     if c.sharding.strategy == "hybrid" and world_size % (c.sharding.shard_size or local_world_size):
         yield (["sharding.shard_size", "sharding.strategy"],
                f"{c.sharding.shard_size or local_world_size} does not divide {ranks}")
@@ -346,6 +483,9 @@ def _of_shape(c: Config):
     if c.max_steps and c.optim.warmup_steps >= c.max_steps:
         yield (["optim.warmup_steps", "train.max_steps", "train.max_tokens"],
                f"{c.optim.warmup_steps} is not below the {c.max_steps} steps of the run")
+    if c.train.block_schedule and (last := c.train.block_schedule[-1][1]) != c.model.block_size:
+        yield (["train.block_schedule", "model.block_size"],
+               f"ends with {last}, and model.block_size is {c.model.block_size}; make these the same")
 
 
 def check_shape(c: Config):
@@ -429,8 +569,16 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
         if not name:  # an unknown key at the top: validation tells it, with a suggestion
             values[key] = value
         elif isinstance(values.setdefault(section, {}), dict):
-            values[section][name] = None if value in ("null", "none", "None") else value
+            try:
+                listed = name in LISTS and value[:1] in ("[", "{")
+                values[section][name] = yaml.load(value, _Loader) if listed else \
+                    None if value in ("null", "none", "None") else value
+            except Exception as error:  # as above
+                problems.append(f"{option}: not valid YAML: {' '.join(str(error).split())[:200]}")
     return problems
+
+
+LISTS = ("train", "rope_scaling", "batch_schedule", "block_schedule")  # settings that are no single value
 
 
 def _takes_value(arg: str) -> bool:
@@ -458,7 +606,10 @@ def _without(values: dict, wrong: set, prefix: str = "") -> dict:
 
 def _where(key: str, origin: dict) -> str:
     """`configs/x.yaml: optim.learning_rate`, `--optim.learning_rate`, or the bare key where only its default stands."""
-    place = origin.get(key, origin.get(re.sub(r"\.\d+\b.*", "", key)))  # data.train.0.path stands in data.train
+    above = key
+    while above not in origin and above.count(".") > 1:  # data.train.0.path stands in data.train
+        above = above.rpartition(".")[0]
+    place = origin.get(above)
     return key if place is None else place if place.startswith("--") else f"{place}: {key}"
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from nanogpt.errors import PeerLost, UserError
 from nanogpt.loss import CHUNK_LOGITS, IGNORE
-from nanogpt.model import GPT
+from nanogpt.model import GPT, separate_documents
 from nanogpt.stream import Split, inputs_and_targets
 from nanogpt.tokenizer import Tokenizer
 
@@ -47,13 +47,14 @@ def split_loss(model: GPT, tok: Tokenizer, split: Split, sequences: int | None =
                         "other text there; convert the text again with the model's")
     n = min(sequences or split.samples * split.parts, split.samples * split.parts)
     token_bytes = torch.from_numpy(tok.token_bytes())
+    separate = separate_documents(model.config, tok)
 
     def score(first):
         numbers = np.arange(first, min(first + batch_size, n))
         x, y = inputs_and_targets(split.read(np.stack([numbers // split.parts, numbers % split.parts], 1)))
         counts = y != IGNORE
         nats = torch.zeros(y.shape, dtype=torch.float64)
-        nats[counts] = -log_probs(model, x, y)[0]
+        nats[counts] = -log_probs(model, x, y, separate)[0]
         return torch.stack([nats.sum(1), counts.sum(1), (token_bytes[y.clamp(min=0)] * counts).sum(1)], 1).numpy()
 
     nats, tokens, n_bytes = np.concatenate(deal(range(0, n, batch_size), score, f"{split.path}/{split.name}")).T
@@ -234,12 +235,14 @@ def encode_pair(tok: Tokenizer, context: str, ending: str) -> tuple[list[int], l
 # ---- both -----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def log_probs(model: GPT, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def log_probs(model: GPT, x: torch.Tensor, y: torch.Tensor, separate=None) -> tuple[torch.Tensor, torch.Tensor]:
     """x (B, T) ids, y (B, T) ids or IGNORE -> of the n targets in y, row by row: (log p (n,) float64, in nats; is it the
-    likeliest id? (n,) bool), on the CPU. There are never logits of more than CHUNK_LOGITS / vocab_size positions."""
+    likeliest id? (n,) bool), on the CPU. There are never logits of more than CHUNK_LOGITS / vocab_size positions.
+    separate: of the documents in x, as separate_documents makes it."""
     device = model.transformer.wte.weight.device
-    y = y.to(device)
-    hidden, y = model.hidden(x.to(device))[y != IGNORE], y[y != IGNORE]                  # (n, n_embd), (n,)
+    x, y = x.to(device), y.to(device)
+    hidden = model.hidden(x, *separate(x) if separate else ())[y != IGNORE]              # (n, n_embd)
+    y = y[y != IGNORE]                                                                   # (n,)
     log_p, greedy = torch.empty(len(y), dtype=torch.float64, device=device), torch.empty_like(y, dtype=torch.bool)
     chunk = max(1, CHUNK_LOGITS // model.config.vocab_size)
     for i in range(0, len(y), chunk):

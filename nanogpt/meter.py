@@ -46,11 +46,12 @@ class Meter:
         self.flops_per_token, self.peak = flops_per_token, peak_flops(device)
         self.metrics, self.text, self.wandb = None, None, None
         self.last_step = config.max_steps
-        self.era = state["data_history"][-1]  # since then, all steps have had as many tokens
+        self.era = state["data_history"][-1]  # since then, tokens follow from the config
 
     def tokens(self, step: int) -> int:
         """Tokens trained on in the first `step` steps."""
-        return self.era["tokens"] + (step - self.era["from_step"]) * self.config.tokens_per_step
+        sequences = self.config.train.sequences
+        return self.era["tokens"] + (sequences(step) - sequences(self.era["from_step"])) * self.config.model.block_size
 
     def open(self, first_step: int, warnings: list[str]):
         """Opens the run folder's files, and takes back what was logged past first_step (the run goes on from there).
@@ -120,7 +121,7 @@ class Meter:
         """The metrics of the window that ends with `step` steps done. Call it once the device has finished them."""
         steps = max(1, step - self.window_step)
         seconds = max(1e-9, time.perf_counter() - self.window_start - self.paused)
-        tokens_per_s = steps * self.config.tokens_per_step / seconds
+        tokens_per_s = (self.tokens(step) - self.tokens(step - steps)) / seconds
         mfu = tokens_per_s * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
         record = dict(step=step, tokens=self.tokens(step), loss=loss, learning_rate=learning_rate,
                       grad_norm=grad_norm, step_time_s=seconds / steps, tokens_per_s=tokens_per_s, mfu=mfu,
@@ -147,7 +148,7 @@ class Meter:
     def line(self, r: dict) -> str:
         if r["loss"] is None:
             return f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}{self.losses(r)}"
-        left = (self.last_step - r["step"]) * r["step_time_s"]
+        left = (self.tokens(self.last_step) - r["tokens"]) / r["tokens_per_s"]
         parts = [f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}", f"loss {r['loss']:.4f}",
                  f"lr {r['learning_rate']:.2e}", f"norm {r['grad_norm']:.2f}", f"{_short(r['tokens_per_s'])} tok/s",
                  f"mfu {r['mfu']:.1%}" if r["mfu"] is not None else "", f"data {r['data_wait_fraction']:.1%}",
@@ -159,7 +160,8 @@ class Meter:
         if "train_loss" not in r:
             return ""
         val = f" val {r['val_loss']:.4f} ({r['val_bits_per_byte']:.4f} bits/byte)" if "val_loss" in r else ""
-        return f"  | train {r['train_loss']:.4f}{val}"
+        each = ", ".join(f"{key.partition('/')[2]} {r[key]:.4f}" for key in r if key.startswith("val_loss/"))
+        return f"  | train {r['train_loss']:.4f}{val}" + (f": {each}" if each else "")
 
     def close(self):
         if self.wandb:

@@ -10,8 +10,10 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nanogpt.config import Model as ModelConfig
+from nanogpt.errors import UserError
 from nanogpt.loss import cross_entropy_sum, finished
 
 
@@ -58,6 +60,27 @@ def plain_attention(q, k, v, dropout=0.0, mask=None):
     return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
 
 
+def separate_documents(c: ModelConfig, tok, blocks=False):
+    """A function of ids (B, T) that gives the positions (B, T) and the mask by which each document is as if alone.
+
+    As an input, end-of-text (beginning-of-text, where the tokenizer has it) begins the next document, at position 0, as it
+    does in sampling. blocks: flex_attention's BlockMask, which skips what is hidden, but must be compiled, and has no
+    dropout and no narrow or very wide heads; else a bool mask. Without c.mask_documents: (None, None). Raises UserError.
+    """
+    start = tok.eot if tok.bos is None else tok.bos
+    if not c.mask_documents:
+        return lambda idx: (None, None)
+    if start is None:
+        raise UserError(f"model.mask_documents: the {tok.name} tokenizer has no end-of-text between documents; turn it off")
+    def separate(idx):
+        (B, T), at = idx.shape, torch.arange(idx.size(1), device=idx.device)
+        first = torch.where(idx == start, at, 0).cummax(1).values                  # (B, T): where each one's document begins
+        if blocks and not c.dropout and 16 <= c.heads[2] <= 128:
+            return at - first, create_block_mask(lambda b, h, q, k: (first[b, q] <= k) & (k <= q), B, None, T, T, idx.device)
+        return at - first, (first[:, None, :, None] <= at) & (at <= at[:, None])
+    return separate
+
+
 def make_norm(c: ModelConfig) -> nn.Module:
     if c.norm == "rmsnorm":
         return nn.RMSNorm(c.n_embd, eps=c.norm_eps)  # Zhang & Sennrich, 2019
@@ -90,7 +113,9 @@ class CausalSelfAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         # In bfloat16 on a CPU the fused kernel is the slower one up to 512 tokens: 5 times at 64, twice at 256.
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
-        if self.fused and not slow:
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) > k.size(1))
+        elif self.fused and not slow:
             S, shared = k.size(2), q.size(1) // k.size(1)
             if shared > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):  # no kernel but the slow one has it
                 k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
@@ -158,7 +183,7 @@ class GPT(nn.Module):
     def hidden(self, idx, positions=None, mask=None, cache=None):
         """idx (B, T) ids -> (B, T, n_embd): what the head reads.
 
-        positions (T,) or (B, T), from 0 on: of the ids; mask (B, 1, T, S), bool: what each sees (None: all before it);
+        positions (T,) or (B, T), from 0 on; mask (B, 1, T, S), bool or BlockMask: what each id sees (None: all before it);
         cache[i].append(k, v), each (B, n_kv_head, T, head): keeps those of block i, and returns those of all S tokens.
         """
         T = idx.size(1)

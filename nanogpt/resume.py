@@ -99,7 +99,7 @@ def change_data(path: Path, state: dict, stream: TrainStream, different: dict, w
         raise UserError(f"{path}: its tokenizer, {state['tokenizer']['name']}, is not that of {stream.splits[0].path} (another "
                         "fingerprint): the same ids would be other text; convert the text with the same one")
     was = state["data_history"][-1]
-    taken = (state["step"] - was["from_step"]) * was["identity"]["train.global_batch_size"] // was["parts"]
+    taken = (state["tokens"] - was["tokens"]) // was["identity"]["model.block_size"] // was["parts"]
     epoch = was["identity"].get("samples per epoch")
     cost = f"{taken % epoch:,} of {epoch:,} samples" if epoch else f"up to {taken:,} samples"
     if dist.get_rank() == 0:
@@ -178,7 +178,7 @@ def take_shape(config: Config) -> Weights | None:
         weights = Weights(config.run.init_from)
         path, theirs = config.run.init_from, weights.model
     stated = {key: getattr(config.model, key) for key in config.model.model_fields_set}
-    free = ("block_size", "dropout", "rope_base", "rope_scaling")
+    free = ("block_size", "dropout", "mask_documents", "rope_base", "rope_scaling")
     for key, value in stated.items():
         wanted = theirs.model_copy(update={key: value}).filled()
         if key not in free and wanted != theirs.filled():

@@ -6,6 +6,7 @@ No rank ever holds the whole model: it comes into being sharded, one parameter a
 """
 
 import functools
+import logging
 import os
 
 import torch
@@ -89,7 +90,7 @@ def checkpoint_activations(block: torch.nn.Module, selective: bool):
     """The block's activations are recomputed in backward (Chen et al., 2016); selective: but for those of matmuls."""
     context = {}
     if selective:
-        saved = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
+        saved = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.higher_order.flex_attention,
                  torch.ops.aten._scaled_dot_product_flash_attention.default,
                  torch.ops.aten._scaled_dot_product_efficient_attention.default,
                  torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -99,8 +100,15 @@ def checkpoint_activations(block: torch.nn.Module, selective: bool):
             return CheckpointPolicy.MUST_SAVE if op in saved else CheckpointPolicy.PREFER_RECOMPUTE
 
         context = dict(context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
-    # Not torch's wrapper module: that would put its own name into every parameter's.
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **context)
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # it warns of in-place operations
+    forward = block.forward
+
+    # Not torch's wrapper module: that would put its own name into every parameter's. And not functools.partial: there
+    # torch.compile would see nothing to compile.
+    def recomputed(*args):
+        return checkpoint(forward, *args, use_reentrant=False, **context)
+
+    block.forward = recomputed
 
 
 @torch.no_grad()

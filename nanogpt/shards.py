@@ -1,4 +1,4 @@
-"""Documents -> fixed-length token samples -> MDS shards + dataset.json. The write side of the data.
+"""Tokens -> fixed-length samples -> MDS shards + dataset.json. The format of the data; convert.py is what fills it.
 
 A split is one stream of tokens: its documents, each followed by end-of-text. Sample i holds the tokens
 [i * stride, i * stride + block_size] of it: inputs are all but its last, targets all but its first. With stride =
@@ -8,33 +8,26 @@ Pairs of prompt and completion are not cut: a sample holds whole ones, in their 
 then padding. No token of a prompt or of padding is a target: these are stored as complements, ~id, which are below 0.
 
     DIR/train/  DIR/val/     index.json and shard.00000.mds …, with xxh64 hashes
+    DIR/tokenizer.tiktoken   the ranks of a tokenizer that was trained on this text
     DIR/dataset.json         tokenizer, block_size, dtype, counts of each split, source; written last
 """
 
 import json
-import multiprocessing
 import os
-import shutil
-import signal
 import sys
-import threading
 import types
-from collections import deque
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
-from typing import Collection
 
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import Tokenizer, from_json
+from nanogpt.tokenizer import Tokenizer
 
 FORMAT = 1
 MAX_BLOCK = 1 << 20
 SHARD_BYTES = 1 << 26
 PAIRS = "int32"  # dtype of datasets of pairs, and only of these
-PIECE = 1 << 20  # token ids that are held at a time, of those that are there already
-TASK_CHARACTERS = 1 << 20  # what a worker process gets at a time, unless one document is longer
+COPIED = 1 << 22  # bytes that are held at a time, of a file that is read again
 
 
 def import_streaming():
@@ -57,76 +50,9 @@ def import_streaming():
 def file_hash(path: Path, digest) -> str:
     """The hex digest of a file by an xxhash object, read in blocks. OSError: it cannot be read."""
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(COPIED):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-def convert(documents: Collection[tuple[str, str | tuple[str, str]]], out, tokenizer: Tokenizer, block_size: int, *,
-            stride: int | None = None, val_fraction: float = 0.01, seed: int = 2357, workers: int = 1,
-            compression: str | None = None, overwrite: bool = False, source: dict | None = None, pairs: bool = False,
-            skip_long: bool = False) -> tuple[dict, bool]:
-    """Writes the dataset folder `out` from `documents`, pairs (name, text) that can be counted and are read once.
-
-    stride         tokens from one training sample to the next; block_size if None
-    val_fraction   share of the documents, or of the characters of a single one, for validation; 0: no such split
-    seed           chooses the validation documents
-    workers        processes that tokenize; the result does not depend on it
-    compression    "zstd" or None
-    overwrite      replace a dataset that is there
-    source         JSON that identifies the documents, kept in dataset.json; its `paths` are for people, not compared
-    pairs          each text is a (prompt, completion), of which only the completion is trained on
-    skip_long      leave out and count the pairs that are longer than a sample, instead of a UserError
-
-    Returns (card, written): what dataset.json says, and False when `out` already held just this.
-    UserError: a bad option, text that is too short or cannot be encoded, a folder in the way, or no way to write.
-    """
-    check_options(block_size, stride, val_fraction, seed, workers, pairs)
-    if pairs and tokenizer.eot is None:
-        raise UserError(f"--tokenizer: {tokenizer.name} has no end-of-text, by which a model tells that a completion is over")
-    if pairs and val_fraction and len(documents) == 1:
-        raise UserError("--val-fraction: a single pair is not cut in two; give more of them, or --val-fraction 0")
-    stride = block_size + 1 if pairs else stride or block_size  # samples of pairs have nothing in common
-    out = Path(out).resolve()
-    card = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "block_size": block_size,
-            "dtype": PAIRS if pairs else tokenizer.dtype.name, "splits": {},
-            "source": {**(source or {}), "documents": len(documents), "stride": stride, "seed": seed,
-                       "val_fraction": val_fraction, "compression": compression}}
-    return _make(out, card, overwrite, lambda folder: _write_splits(documents, folder, tokenizer, card, workers, skip_long))
-
-
-def convert_tokens(splits: dict[str, np.ndarray], out, tokenizer: Tokenizer, block_size: int, *, stride: int | None = None,
-                   compression: str | None = None, overwrite: bool = False, source: dict | None = None) -> tuple[dict, bool]:
-    """As `convert`, but from {"train": ids (n,), "val": ids (n,)} as they are, with whatever ends documents in them.
-
-    UserError, beside those of `convert`: an id that the tokenizer does not have.
-    """
-    check_options(block_size, stride, val_fraction=0, seed=0, workers=1)
-    out = Path(out).resolve()
-    card = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "block_size": block_size, "dtype": tokenizer.dtype.name,
-            "splits": {}, "source": {**(source or {}), "stride": stride or block_size, "compression": compression}}
-    return _make(out, card, overwrite, lambda folder: _write_tokens(splits, folder, tokenizer, card))
-
-
-def _make(out: Path, card: dict, overwrite: bool, write) -> tuple[dict, bool]:
-    """Makes `out`. write(folder) writes its splits into another folder, and their counts into `card`."""
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"  # beside out, so on the same disk: a rename publishes
-    try:
-        there = _already_there(out, card, overwrite)
-        if there:
-            return there, False
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process that had the same number
-        partial.mkdir(parents=True)
-        write(partial)
-        (partial / "dataset.json").write_text(json.dumps(card, indent=1) + "\n")
-        _publish(partial, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}); take another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # nothing is there after a success
-    return card, True
 
 
 def check_options(block_size: int, stride: int | None, val_fraction: float, seed: int, workers: int, pairs: bool = False):
@@ -142,273 +68,229 @@ def check_options(block_size: int, stride: int | None, val_fraction: float, seed
         raise UserError("\n".join(problems))
 
 
-def _already_there(out: Path, card: dict, overwrite: bool) -> dict | None:
-    """The card of `out` if it holds what `card` asks for, None if it may be written. UserError: it is in the way."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if "dataset.json" not in names or names - {"train", "val", "dataset.json"}:  # --overwrite removes no other files
-        raise UserError(f"{out}: exists and is not a dataset folder; take another --out")
-    if overwrite:
-        return None
-    old = load_dataset_card(out)
-    differs = [key for key in ("tokenizer", "block_size", "dtype") if old[key] != card[key]]
-    differs += [f"source.{key}" for key in card["source"]
-                if key != "paths" and old["source"].get(key) != card["source"][key]]
-    if differs:
-        raise UserError(f"{out}: holds another dataset ({', '.join(differs)}); take another --out or --overwrite")
-    return old
+# ---- samples --------------------------------------------------------------------------------------------------------
 
-
-def _publish(partial: Path, out: Path):
-    """Puts `partial` in the place of `out`, which keeps what it had if that fails."""
-    aside = partial.with_name(partial.name + ".old")
-    if out.exists():
-        os.rename(out, aside)
-    try:
-        os.rename(partial, out)
-    except BaseException:
-        if aside.exists():
-            os.rename(aside, out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write_splits(documents, folder: Path, tokenizer: Tokenizer, card: dict, workers: int, skip_long: bool):
-    """Writes folder/train and folder/val and puts their counts into card["splits"]."""
-    from tqdm import tqdm
-
-    source, block_size, pairs = card["source"], card["block_size"], card["dtype"] == PAIRS
-    strides = {"train": source["stride"]} | ({"val": block_size} if source["val_fraction"] else {})
-    splits = {}
-    for name, stride in strides.items():
-        mds = _mds_writer(folder / name, card)
-        splits[name] = (_PairWriter(mds, block_size, tokenizer, skip_long) if pairs else
-                        _SplitWriter(mds, block_size, stride, tokenizer))
-    pieces = _assign(documents, source["val_fraction"], source["seed"])
-    unit = " pairs" if pairs else " documents"
-    with tqdm(total=len(documents), unit=unit, disable=None) as bar:  # None: only on a terminal
-        for name, document, ids, n_bytes in _encode_all(pieces, tokenizer, workers):
-            splits[name].add(document, ids, n_bytes)
-            bar.set_postfix_str(f"{sum(split.tokens for split in splits.values()):,} tokens", refresh=False)
-            bar.update(name == "train" or len(documents) > 1)  # the second part of a single one is no other document
-    for name, split in splits.items():
-        card["splits"][name] = split.finish(name)
-
-
-def _mds_writer(folder: Path, card: dict):
-    column = f"ndarray:{card['dtype']}:{card['block_size'] + 1}"
-    return import_streaming().MDSWriter(columns={"tokens": column}, out=str(folder), hashes=["xxh64"],
-                                        compression=card["source"]["compression"], size_limit=SHARD_BYTES)
-
-
-def _write_tokens(splits: dict[str, np.ndarray], folder: Path, tokenizer: Tokenizer, card: dict):
-    """Writes folder/train and folder/val from the ids of `splits`, and puts their counts into card["splits"]."""
-    from tqdm import tqdm
-
-    block_size, token_bytes = card["block_size"], tokenizer.token_bytes()
-    with tqdm(total=sum(map(len, splits.values())), unit=" tokens", unit_scale=True, disable=None) as bar:
-        for name, ids in splits.items():
-            if len(ids) <= block_size:
-                raise UserError(f"the {name} split has {len(ids)} tokens, and a sample takes block_size + 1 = "
-                                f"{block_size + 1}; take a smaller --block-size")
-            stride = card["source"]["stride"] if name == "train" else block_size
-            split = _SplitWriter(_mds_writer(folder / name, card), block_size, stride, tokenizer)
-            for start in range(0, len(ids), PIECE):
-                piece = np.array(ids[start:start + PIECE])
-                counts = np.bincount(piece, minlength=tokenizer.vocab_size)
-                if len(counts) > tokenizer.vocab_size:
-                    raise UserError(f"the {name} split holds id {len(counts) - 1}, and {tokenizer.name} ends at "
-                                    f"{tokenizer.vocab_size - 1}; take the tokenizer that made the ids")
-                split.append(piece.astype(tokenizer.dtype), int(counts @ token_bytes))
-                split.documents += int(counts[tokenizer.eot]) if tokenizer.eot is not None else 0
-                bar.update(len(piece))
-            split.documents += int(ids[-1] != tokenizer.eot)  # the last one, without its end
-            card["splits"][name] = split.finish(name)
-
-
-class _SplitWriter:
+class SplitWriter:
     """Cuts the tokens of one split into samples, and writes these."""
 
-    def __init__(self, mds, block_size: int, stride: int, tokenizer: Tokenizer):
-        self.mds, self.block_size, self.stride = mds, block_size, stride
-        self.eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
-        self.rest = np.empty(0, tokenizer.dtype)  # the tokens from the start of the next sample on
-        self.tokens = self.samples = self.documents = self.bytes = 0
+    def __init__(self, folder: Path, card: dict, stride: int, state: dict | None = None):
+        """state: what state() said when the conversion was interrupted."""
+        self.block_size, self.stride, self.dtype = card["block_size"], stride, np.dtype(card["dtype"])
+        state = state or dict(rest=[], tokens=0, samples=0, documents=0, bytes=0, shards=None)
+        self.rest = np.array(state["rest"], self.dtype)  # the tokens from the start of the next sample on
+        self.tokens, self.samples, self.documents, self.bytes = (
+            state[key] for key in ("tokens", "samples", "documents", "bytes"))
+        self.shards = ShardWriter(folder, card, state["shards"])
 
-    def add(self, name: str, ids: np.ndarray, n_bytes: int):
-        """Appends a document of ids (n,), and end-of-text where the tokenizer has one."""
-        self.append(np.concatenate([ids, self.eot]), n_bytes)
-        self.documents += 1
-
-    def append(self, ids: np.ndarray, n_bytes: int):
-        """Appends ids (n,) as they are."""
+    def add(self, ids: np.ndarray, lengths: np.ndarray, documents: int, n_bytes: int):
+        """Appends ids (n,), in which `documents` end. Where one ends, lengths tell; here it does not matter."""
         rest = np.concatenate([self.rest, ids])
         samples = max(0, (len(rest) - 1 - self.block_size) // self.stride + 1)
-        for start in range(0, samples * self.stride, self.stride):
-            self.mds.write({"tokens": rest[start:start + self.block_size + 1]})
-        self.rest = rest[samples * self.stride:].copy()  # a view would keep the whole document
+        if samples:
+            windows = np.lib.stride_tricks.sliding_window_view(rest, self.block_size + 1)
+            self.shards.write(windows[:samples * self.stride:self.stride])
+        self.rest = rest[samples * self.stride:].copy()  # a view would keep all of them
         self.tokens += len(ids)
         self.samples += samples
+        self.documents += documents
         self.bytes += n_bytes
 
-    def finish(self, name: str) -> dict:
-        """Writes the last shard and the index; returns the split's part of dataset.json."""
+    def state(self) -> dict:
+        """JSON from which another writer goes on, once this one is gone: what was written so far is on disk."""
+        return dict(rest=self.rest.tolist(), tokens=self.tokens, samples=self.samples, documents=self.documents,
+                    bytes=self.bytes, shards=self.shards.state())
+
+    def finish(self) -> dict:
+        """Writes the last shard and the index; returns the split's part of dataset.json. UserError: there is no sample."""
+        name = self.shards.folder.name
         if not self.samples:
             remedy = ", a larger --val-fraction, or --val-fraction 0 for no such split" if name == "val" else ""
             raise UserError(f"the {name} split has {self.tokens} tokens, and a sample takes block_size + 1 = "
                             f"{self.block_size + 1}; give more text or a smaller --block-size{remedy}")
-        self.mds.finish()
+        self.shards.finish()
         shared = self.block_size + 1 - self.stride  # tokens at the start of the rest that the last sample has too
         return {"stride": self.stride, "tokens": self.tokens, "samples": self.samples, "documents": self.documents,
                 "bytes": self.bytes, "dropped_tokens": len(self.rest) - shared}
 
 
-class _PairWriter:
+class PairWriter:
     """Packs whole pairs into the samples of one split, and writes these.
 
     The first token of a sample has no input before it, so it can be no target. It is the first of a prompt, which is none
     anyway: so prompts are also seen where sampling has them, at the very beginning. Only a pair without a prompt gets an
     end-of-text before it there, one of padding; elsewhere that of the pair before it does.
     """
+    COUNTS = ("tokens", "targets", "samples", "documents", "bytes")
 
-    def __init__(self, mds, block_size: int, tokenizer: Tokenizer, skip_long: bool):
-        self.mds, self.size, self.skip_long = mds, block_size + 1, skip_long
-        self.eot = np.array([tokenizer.eot], PAIRS)
-        self.row, self.used = np.repeat(~self.eot, self.size), 0  # the next sample, and how much of it is taken
-        self.tokens = self.targets = self.samples = self.documents = self.left_out = self.bytes = 0
+    def __init__(self, folder: Path, card: dict, state: dict | None = None):
+        """state: what state() said when the conversion was interrupted."""
+        self.size, self.padding = card["block_size"] + 1, np.array(~card["tokenizer"]["eot"], PAIRS)
+        state = state or dict.fromkeys(self.COUNTS, 0) | dict(rest=[], shards=None)
+        self.row, self.used = np.full(self.size, self.padding), len(state["rest"])  # the next sample, and how much is taken
+        self.row[:self.used] = state["rest"]
+        self.__dict__ |= {key: state[key] for key in self.COUNTS}
+        self.shards = ShardWriter(folder, card, state["shards"])
 
-    def add(self, name: str, ids: np.ndarray, n_bytes: int):
-        """Appends a pair of ids (n,), complements in its prompt, and end-of-text. UserError: it does not fit."""
-        ids = np.concatenate([ids, self.eot])
-        before = int(ids[0] >= 0)  # end-of-text before it at the beginning of a sample
-        length = before + len(ids)
-        if length > self.size and self.skip_long:
-            self.left_out += 1
-            return
-        if length > self.size:
-            raise UserError(f"{name}: is {length} tokens long, and a sample holds block_size + 1 = {self.size}; take a "
-                            f"--block-size of {length - 1} or more, or --errors skip, which leaves out such pairs")
-        if self.used + len(ids) > self.size:
-            self._write()
-        self.used = max(self.used, before)
-        self.row[self.used:self.used + len(ids)] = ids
-        self.used += len(ids)
+    def add(self, ids: np.ndarray, lengths: np.ndarray, documents: int, n_bytes: int):
+        """Appends pairs: ids (n,), complements in prompts, end-of-text after each; lengths (documents,): of each of them."""
+        for pair in np.split(ids, np.cumsum(lengths)[:-1]):
+            if self.used + len(pair) > self.size:
+                self._write()
+            self.used = max(self.used, int(pair[0] >= 0))  # end-of-text before it at the beginning of a sample
+            self.row[self.used:self.used + len(pair)] = pair
+            self.used += len(pair)
         self.tokens += len(ids)
         self.targets += int(np.count_nonzero(ids >= 0))
-        self.documents += 1
+        self.documents += documents
         self.bytes += n_bytes
 
     def _write(self):
-        self.mds.write({"tokens": self.row})
-        self.row[:], self.used = ~self.eot, 0
+        self.shards.write(self.row[None])
+        self.row[:], self.used = self.padding, 0
         self.samples += 1
 
-    def finish(self, name: str) -> dict:
-        """Writes the last sample, shard and the index; returns the split's part of dataset.json."""
+    def state(self) -> dict:
+        """JSON from which another writer goes on, once this one is gone: what was written so far is on disk."""
+        return {key: getattr(self, key) for key in self.COUNTS} | dict(
+            rest=self.row[:self.used].tolist(), shards=self.shards.state())
+
+    def finish(self) -> dict:
+        """Writes the last sample, shard and the index; returns the split's part of dataset.json. UserError: no pair."""
         if not self.documents:
-            raise UserError(f"the {name} split has no pair, {self.left_out} are left out as too long; give more pairs, or a "
+            raise UserError(f"the {self.shards.folder.name} split has no pair that fits into a sample; give more pairs, or a "
                             "larger --block-size")
         self._write()
-        self.mds.finish()
+        self.shards.finish()
         return {"stride": self.size, "tokens": self.tokens, "samples": self.samples, "documents": self.documents,
                 "bytes": self.bytes, "dropped_tokens": 0, "targets": self.targets,
-                "padding": self.samples * self.size - self.tokens, "left_out": self.left_out}
+                "padding": self.samples * self.size - self.tokens}
 
 
-def _assign(documents, val_fraction: float, seed: int):
-    """Yields (split, name, text). Whole documents go to validation by the seed, or the last part of a single one."""
-    n = len(documents)
-    if val_fraction and n > 1:
-        n_val = min(max(1, round(n * val_fraction)), n - 1)
-        val = set(np.random.default_rng(seed).choice(n, n_val, replace=False).tolist())
-        for i, (name, text) in enumerate(documents):
-            yield "val" if i in val else "train", name, text
-    elif val_fraction:
-        for name, text in documents:
-            cut = int(len(text) * (1 - val_fraction))
-            yield "train", name, text[:cut]
-            yield "val", name, text[cut:]
-    else:
-        for name, text in documents:
-            yield "train", name, text
+# ---- shards ---------------------------------------------------------------------------------------------------------
 
+class ShardWriter:
+    """The MDS shards of one split, byte for byte those of streaming's MDSWriter.
 
-# ---- tokenizing, in this process or in several ----------------------------------------------------------------------
+    That one takes samples one at a time, 30 microseconds each, and keeps a whole shard in memory until it is full: the
+    tokenizer would wait for it, and a killed conversion would have nothing to go on from. Here samples are appended to the
+    shard's file many at a time, and state() says how far it is good. An open shard lies beside the dataset, as
+    SPLIT.00007.open, and stays there until a state says that it is complete.
+    """
 
-def _encode_all(pieces, tokenizer: Tokenizer, workers: int):
-    """Yields (split, name, ids, bytes of text) in the order of `pieces`, at most a few tasks ahead of the reader."""
-    if workers == 1:
-        for piece in pieces:
-            yield _encode(tokenizer, piece)
-        return
-    # spawn, since a forked copy of a process with threads can hang.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer.to_json(),))
-    try:
-        waiting = deque()
-        for task in _tasks(pieces):
-            waiting.append(_submit(pool, task))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, perhaps for memory; take fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def __init__(self, folder: Path, card: dict, state: dict | None = None):
+        """card: dtype, block_size and source.compression count. state: what state() said. OSError: cannot be written."""
+        self.folder, self.width, self.dtype = folder, card["block_size"] + 1, np.dtype(card["dtype"])
+        self.sample_bytes = self.width * self.dtype.itemsize
+        self.config = dict(
+            version=2, format="mds", compression=card["source"]["compression"], hashes=["xxh64"], size_limit=SHARD_BYTES,
+            column_names=["tokens"], column_encodings=[f"ndarray:{card['dtype']}:{self.width}"],
+            column_sizes=[self.sample_bytes])
+        self.config_bytes = json.dumps(self.config, sort_keys=True).encode()
+        room = SHARD_BYTES - 8 - len(self.config_bytes)
+        self.full = max(1, room // (self.sample_bytes + 4))  # samples of a shard that is not the last
+        self.shards, self.samples, self.file = [], 0, None  # finished ones; samples in the open one
+        self.needed = []  # open files that only the last state needs
+        folder.mkdir(parents=True, exist_ok=True)
+        if state:
+            self.shards = state["shards"]
+            self._open(state["samples"])
 
+    def _paths(self) -> tuple[Path, Path]:
+        """Of the next shard: while it is open, and then."""
+        n = len(self.shards)
+        return self.folder.parent.parent / f"{self.folder.name}.{n:05}.open", self.folder / f"shard.{n:05}.mds"
 
-def _submit(pool, task):
-    """Workers are started here, on demand, and inherit the mask: Ctrl-C is for this process alone."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_encode_task, task)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    def _header(self, samples: int) -> bytes:
+        """Number of samples, where each begins and the last ends, and the config."""
+        first = 4 + 4 * (samples + 1) + len(self.config_bytes)
+        offsets = first + self.sample_bytes * np.arange(samples + 1, dtype=np.int64)
+        return np.uint32(samples).tobytes() + offsets.astype(np.uint32).tobytes() + self.config_bytes
 
+    def _open(self, samples: int = 0):
+        """Opens the next shard, of which so many samples are on disk. It is taken for a full one until the end."""
+        import xxhash
+        (path, complete), header, self.samples = self._paths(), self._header(self.full), samples
+        if not samples:
+            path.write_bytes(header)
+        elif not path.exists():  # completed since the state
+            os.rename(complete, path)
+        self.file, self.digest = open(path, "r+b"), xxhash.xxh64()
+        length = len(header) + samples * self.sample_bytes
+        self.file.truncate(length)  # what is beyond came after the state
+        while block := self.file.read(COPIED):
+            self.digest.update(block)
+        if self.file.tell() != length:
+            raise UserError(f"{path}: is shorter than it was; remove {path.parent}, and the same command begins anew")
 
-def _tasks(pieces):
-    task, characters = [], 0
-    for piece in pieces:
-        task.append(piece)
-        characters += len(whole(piece[2]))
-        if characters >= TASK_CHARACTERS:
-            yield task
-            task, characters = [], 0
-    if task:
-        yield task
+    def write(self, samples: np.ndarray):
+        """Appends samples (n, block_size + 1)."""
+        step = max(1, COPIED // self.sample_bytes)
+        done = 0
+        while done < len(samples):
+            if self.file is None:
+                self._open()
+            n = min(step, self.full - self.samples, len(samples) - done)
+            data = np.ascontiguousarray(samples[done:done + n], self.dtype).data
+            self.file.write(data)
+            self.digest.update(data)
+            self.samples += n
+            done += n
+            if self.samples == self.full:
+                self._close()
 
-
-def _start_worker(tokenizer_json: dict):
-    global _worker_tokenizer
-    # A parent that is killed cannot end its workers, and they would wait for it for ever.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _worker_tokenizer = from_json(tokenizer_json)
-
-
-def _encode_task(task):
-    return [_encode(_worker_tokenizer, piece) for piece in task]
-
-
-def _encode(tokenizer: Tokenizer, piece):
-    split, name, text = piece
-    try:
-        before = np.array([] if tokenizer.bos is None else [tokenizer.bos], tokenizer.dtype)
-        if isinstance(text, str):
-            ids = np.concatenate([before, tokenizer.encode(text)])
+    def _close(self, path: Path | None = None):
+        """The open shard is complete, or `path` holds a copy of it that is."""
+        opened, complete = self._paths()
+        path = path or opened
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        info = dict(basename=complete.name, bytes=path.stat().st_size, hashes={"xxh64": self.digest.hexdigest()})
+        zipped = None
+        if self.config["compression"]:
+            import xxhash
+            import zstd
+            data = zstd.compress(path.read_bytes(), 3)  # streaming's level
+            complete.with_name(f"{complete.name}.zstd").write_bytes(data)
+            zipped = dict(basename=f"{complete.name}.zstd", bytes=len(data), hashes={"xxh64": xxhash.xxh64(data).hexdigest()})
+            self.needed.append(path)
         else:
-            prompt, completion = (tokenizer.encode(part).astype(PAIRS) for part in text)
-            ids = np.concatenate([~before.astype(PAIRS), ~prompt, completion])
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    return split, name, ids, len(whole(text).encode("utf-8"))
+            os.rename(path, complete)
+        self.shards.append(dict(samples=self.samples, raw_data=info, zip_data=zipped))
+        self.file, self.samples = None, 0
 
+    def state(self) -> dict:
+        """JSON: the shards that are complete, and the samples in the open one; all of it is on disk."""
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return dict(shards=self.shards, samples=self.samples)
 
-def whole(text: str | tuple[str, str]) -> str:
-    """The text of a document, or of a pair."""
-    return text if isinstance(text, str) else "".join(text)
+    def forget(self):
+        """The last state() is on disk: what the one before needed is removed."""
+        while self.needed:
+            self.needed.pop().unlink(missing_ok=True)
+
+    def finish(self):
+        """Writes the last shard, which is shorter, and index.json."""
+        if self.samples:
+            self._close(self._shortened())
+        index = dict(version=2, shards=[shard | self.config for shard in self.shards])
+        (self.folder / "index.json").write_text(json.dumps(index, sort_keys=True))
+
+    def _shortened(self) -> Path:
+        """A copy of the open shard with the header of the samples that it has; the shard itself stays what a state needs."""
+        import xxhash
+        self.file.seek(len(self._header(self.full)))
+        self.digest = xxhash.xxh64()
+        with open(path := self._paths()[0].with_suffix(".last"), "wb") as file:
+            block = self._header(self.samples)
+            while block:
+                file.write(block)
+                self.digest.update(block)
+                block = self.file.read(COPIED)
+            os.fsync(file.fileno())
+        return path
 
 
 # ---- reading dataset.json -------------------------------------------------------------------------------------------
@@ -445,7 +327,7 @@ def load_dataset_card(folder) -> dict:
     for name, split in card["splits"].items():
         counts = dict.fromkeys(("stride", "tokens", "samples", "documents", "bytes", "dropped_tokens"), int)
         if card["dtype"] == PAIRS:
-            counts |= dict.fromkeys(("targets", "padding", "left_out"), int)
+            counts |= dict.fromkeys(("targets", "padding"), int)
         check(split, f"splits.{name}.", **counts)
     for field, allowed in (("block_size", range(1, MAX_BLOCK + 1)), ("dtype", ("uint16", "uint32", PAIRS))):
         if card[field] not in allowed:

@@ -5,12 +5,16 @@ from (seed, epoch). Step s takes the samples_per_step that begin at s * samples_
 neither their number, nor that of nodes, threads or micro-batches, nor any restart can change what step 1000 sees. So
 nothing of the loader is saved, and resuming at step 100,000 costs what resuming at step 10 does.
 
+So is the number of its samples: with train.batch_schedule, step s begins at the sum of the batches before it.
+
 A mixture deals the samples of a step to its datasets by a fixed pattern; each goes through its own endless order.
 
 Tokens are ids; in datasets of prompt/completion pairs, those that are no targets are complements, ~id, below 0.
 """
 
 import hashlib
+import math
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,38 +22,111 @@ import numpy as np
 import torch
 import xxhash
 
-from nanogpt.cache import damage, download, is_compressed, one_line, open_dataset
+from nanogpt import foreign
+from nanogpt.cache import NotThere, damage, download, is_compressed, one_line, open_dataset
 from nanogpt.config import Config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.shards import PAIRS, load_dataset_card, load_index
+from nanogpt.tokenizer import from_name
 
 HASHED_AT_START = 1 << 30  # bytes of a split; the shards of a larger one are hashed as they are first read
 DEAL = 1 << 16             # samples after which the pattern of a mixture begins anew: proportions are rounded to 1/DEAL
 
 
-def inputs_and_targets(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """tokens (B, T + 1), ids or complements of those that are no targets -> x (B, T) ids, y (B, T) ids or IGNORE."""
-    y = tokens[:, 1:]
-    return torch.maximum(tokens, ~tokens)[:, :-1], y.masked_fill(y < 0, IGNORE)
+class NoSplit(UserError):
+    """The dataset is there, but has no such split."""
+
+
+def inputs_and_targets(tokens: torch.Tensor, block: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens (B, T + 1), ids or complements of those that are no targets -> x (B, T) ids, y (B, T) ids or IGNORE.
+
+    With a block that divides T, both are cut into (B * T / block, block).
+    """
+    x, y = torch.maximum(tokens, ~tokens)[:, :-1], tokens[:, 1:]
+    return tuple(z if block == -1 else z.reshape(-1, block) for z in (x, y.masked_fill(y < 0, IGNORE)))
+
+
+@lru_cache(maxsize=2)
+def named_tokenizer(name: str):
+    """data.tokenizer. Raises UserError where there is none of that name."""
+    try:
+        return from_name(name)
+    except UserError as error:
+        raise UserError(f"data.tokenizer: {error}") from None
 
 
 class Split:
     """Random access to the samples of one split of one dataset, wherever its shards are."""
+    label, share = "", 1.0  # in a mixture: what its losses are called, and its share of the samples
 
     def __init__(self, config: Config, name: str, path: str):
-        """Raises UserError where the split is missing, damaged or does not fit the config."""
+        """name: its folder. Raises NoSplit where there is none, UserError where it is damaged or does not fit the config."""
         self.name, self.path = name, path
+        tok = named_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         # Compressed shards are unpacked into a cache too, wherever they are: a dataset folder stays as it is.
         self.remote = "://" in path or is_compressed(Path(path) / name / "index.json")
         root = Path(path)
         if self.remote:
             root = Path(config.data.cache_dir or config.run_dir / "cache") / hashlib.sha256(path.encode()).hexdigest()[:12]
-            download(f"{path}/dataset.json", root / "dataset.json")
-        self.card = load_dataset_card(root)
-        if name not in self.card["splits"]:
-            raise UserError(f"{path}: has no {name} split; convert again, with --val-fraction above 0")
-        stored = self.card["block_size"]
+        self.folder = root / name
+        self.card = self._card(root, tok)
+        self.foreign, length = self.card is None, None
+        if not self.foreign and name not in self.card["splits"]:
+            raise NoSplit(f"{path}: has no {name} split; convert again, with --val-fraction above 0")
+        index = f"{path}/{name}/index.json"
+        try:
+            if self.remote:
+                download(index, self.folder / "index.json")
+            elif self.foreign and not (self.folder / "index.json").exists():
+                raise NotThere(index)
+        except NotThere:
+            if self.foreign:
+                raise NoSplit(f"{path}: has neither dataset.json nor {name}/index.json; mend the path, or name the folders "
+                              f"of its splits: data.train: {{path: {path}, split: train_small, val_split: val_small}}"
+                              ) from None
+            raise
+        if self.foreign:
+            length = foreign.check_index(self.folder / "index.json", index)
+        else:
+            load_index(self.folder / "index.json", self.card, name, index)
+        self.dataset = open_dataset(root, path if self.remote else None, name, config)
+        self.samples = self.dataset.num_samples
+        self.index_sha256 = hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()
+        self.shard_ends = np.cumsum([shard.samples for shard in self.dataset.shards])
+        self.nodes = min(config.data.num_canonical_nodes, self.samples)
+        self.order = lru_cache(maxsize=2)(self._order)
+        self.known_whole = set()  # shards whose content has been compared with their hash
+        if not self.remote:
+            self._check_files()
+        if self.foreign:
+            foreign.ignore_other_columns(self.dataset)
+            if length is None:
+                self.make_sure_of(0)
+                length = len(self._row(0)) - 1
+            self.card = foreign.card(name, self.samples, length, tok)
+        self._check_fit(config, tok)
+
+    def _card(self, root: Path, tok) -> dict | None:
+        """dataset.json. None: there is none, but data.tokenizer says what MDS from elsewhere does not."""
+        try:
+            if self.remote:
+                download(f"{self.path}/dataset.json", root / "dataset.json")
+            elif not (root / "dataset.json").exists() and (tok or (self.folder / "index.json").exists()):
+                raise NotThere(f"{self.path}/dataset.json: is missing")
+        except NotThere as error:
+            if tok:
+                return None
+            raise UserError(f"{error}. MDS that other tools wrote, as llm-foundry's, has none: name its tokenizer, as "
+                            "--data.tokenizer gpt2, a ranks file or a tokenizer.json") from None
+        return load_dataset_card(root)
+
+    def _check_fit(self, config: Config, tok):
+        """Raises UserError where tokenizer, block or vocabulary are not those of the config."""
+        path, stored, theirs = self.path, self.card["block_size"], self.card["tokenizer"]
+        if tok and tok.fingerprint != theirs["fingerprint"]:
+            raise UserError(f"data.tokenizer: {tok.name} is not that of {path}, {theirs['name']} (another fingerprint); "
+                            "leave it out: dataset.json has it")
         if stored % config.model.block_size:
             raise UserError(f"model.block_size: {config.model.block_size} is neither the {stored} that {path} "
                             f"holds nor a divisor of it")
@@ -62,19 +139,6 @@ class Split:
                             "leave it out")
         self.block_size = config.model.block_size
         self.parts = stored // self.block_size  # sequences in a sample
-        self.folder = root / name
-        if self.remote:
-            download(f"{path}/{name}/index.json", self.folder / "index.json")
-        load_index(self.folder / "index.json", self.card, name, f"{path}/{name}/index.json")
-        self.dataset = open_dataset(root, path if self.remote else None, name, config)
-        self.samples = self.dataset.num_samples
-        self.index_sha256 = hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()
-        self.shard_ends = np.cumsum([shard.samples for shard in self.dataset.shards])
-        self.nodes = min(config.data.num_canonical_nodes, self.samples)
-        self.order = lru_cache(maxsize=2)(self._order)
-        self.known_whole = set()  # shards whose content has been compared with their hash
-        if not self.remote:
-            self._check_files()
 
     # ---- order ------------------------------------------------------------------------------------------------------
 
@@ -97,6 +161,25 @@ class Split:
         samples = [self.order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         return np.concatenate([*samples, np.empty(0, np.int64)]), places % self.nodes
 
+    def working_set(self, begin: float, end: float, machines: int) -> int:
+        """Bytes of the shards that are in use at once, each from its first to its last sample of an epoch, on the machine
+        where these are most. begin, end: where in a step, from 0 to 1, its samples lie, one canonical node after the other.
+        """
+        N, sizes, most = self.nodes, self.dataset.sizes, 0
+        order = self.order(0)[:self.samples // N * N].reshape(-1, N)
+        of_sample = np.repeat(np.arange(len(sizes), dtype=np.int32), np.diff(self.shard_ends, prepend=0))
+        at = (np.arange(machines + 1) / machines - begin) / (end - begin) * N  # the nodes at which the machines begin
+        for a, b in {(max(0, math.floor(a + 1e-6)), min(N, math.ceil(b - 1e-6))) for a, b in zip(at, at[1:])}:
+            shards = of_sample[order[:, a:b].ravel()]
+            first, last = (np.full(len(sizes), -1) for _ in range(2))
+            first[shards[::-1]], last[shards] = np.arange(len(shards))[::-1], np.arange(len(shards))
+            used = first >= 0
+            change = np.zeros(len(shards) + 1, np.int64)
+            np.add.at(change, first[used], sizes[used])
+            np.subtract.at(change, last[used] + 1, sizes[used])
+            most = max(most, int(change.cumsum().max()))
+        return most + max(shard.get_zip_size() or 0 for shard in self.dataset.shards)  # and room to unpack
+
     # ---- reading ----------------------------------------------------------------------------------------------------
 
     def read(self, sequences: np.ndarray) -> torch.Tensor:
@@ -108,13 +191,7 @@ class Split:
             self.make_sure_of(shard)
             for row in np.flatnonzero(shards == shard):
                 sample, part = sequences[row].tolist()
-                try:
-                    tokens[row] = self.dataset.get_item(sample)["tokens"][part * T:part * T + T + 1]
-                except UserError:  # evicted since, and not to be fetched again
-                    raise
-                except Exception as error:  # streaming raises a different one for each kind of damage
-                    raise UserError(f"{self.shard_of(sample)}: sample {sample} cannot be read ({one_line(error)}); "
-                                    f"tools/inspect_mds.py {self.path} --verify finds damaged shards") from error
+                tokens[row] = self._row(sample)[part * T:part * T + T + 1]
         if max(tokens.max(), ~tokens.min()) >= self.vocab_size:
             highest = np.maximum(tokens, ~tokens).max(1)
             row = int((highest >= self.vocab_size).argmax())
@@ -122,6 +199,29 @@ class Split:
             raise UserError(f"{self.shard_of(sample)}: sample {sample} holds id {highest[row]}, the vocabulary "
                             f"ends at {self.vocab_size - 1}; the shard is damaged or of another tokenizer")
         return torch.from_numpy(tokens)
+
+    def _row(self, sample: int) -> np.ndarray:
+        """(the dataset's block_size + 1,): ids of a sample, or complements. Of MDS from elsewhere the last one is made up.
+
+        UserError: it cannot be read, or is no sample.
+        """
+        try:
+            stored = self.dataset.get_item(sample)["tokens"]
+            if not self.foreign:
+                return stored
+            ids = foreign.ids(stored)
+        except UserError:  # evicted since, and not to be fetched again
+            raise
+        except Exception as error:  # streaming raises a different one for each kind of damage
+            raise UserError(f"{self.shard_of(sample)}: sample {sample} cannot be read ({one_line(error)}); "
+                            f"tools/inspect_mds.py {self.path} --verify finds damaged shards") from error
+        if self.card and len(ids) != self.card["block_size"]:
+            raise UserError(f"{self.shard_of(sample)}: sample {sample} has {len(ids)} tokens, and others have "
+                            f"{self.card['block_size']}; convert the text again, with all of one length")
+        if ids.min() < 0:
+            raise UserError(f"{self.shard_of(sample)}: sample {sample} holds id {ids.min()}, below 0; the shard is damaged, "
+                            "or holds no tokens")
+        return np.append(ids, ~0)  # no target
 
     def shard_of(self, sample: int) -> str:
         shard = int(np.searchsorted(self.shard_ends, sample, "right"))
@@ -172,14 +272,22 @@ class Split:
             self.known_whole.add(shard)
 
 
+def tails(paths: list[str]) -> list[str]:
+    """The end of each path, as short as it can be without being that of another one."""
+    def tail(path, n):
+        return path.rstrip("/").split("/")[-n:]
+
+    return ["/".join(next(tail(path, n) for n in range(1, 1 << 12)
+                          if all(tail(other, n) != tail(path, n) for other in paths if other != path))) for path in paths]
+
+
 class TrainStream:
     """The training data in the order of the run."""
 
     def __init__(self, config: Config, first_step: int = 0):
         """first_step: the step that begins at the beginning of the data; not 0 where the data was changed on the way."""
-        self.data, self.first_step = config.data, first_step
-        self.global_batch_size, self.micro_batch_size = config.train.global_batch_size, config.train.micro_batch_size
-        self.splits = [Split(config, "train", source.path) for source in config.data.sources]
+        self.data, self.train, self.first_step = config.data, config.train, first_step
+        self.splits = [Split(config, source.split, source.path) for source in config.data.sources]
         self.card, self.vocab_size, self.parts = self.splits[0].card, self.splits[0].vocab_size, self.splits[0].parts
         for split in self.splits[1:]:
             for what, field in (("block_size", lambda card: card["block_size"]),
@@ -187,25 +295,67 @@ class TrainStream:
                 if field(split.card) != field(self.card):
                     raise UserError(f"{split.path}: its {what} is {field(split.card)}, that of {self.splits[0].path} is "
                                     f"{field(self.card)}; the datasets of a mixture need the same one")
-        if self.global_batch_size % self.parts:
-            raise UserError(f"train.global_batch_size: {self.global_batch_size} sequences of {config.model.block_size} "
-                            f"tokens do not fill whole samples of {self.card['block_size']}; take a multiple of "
-                            f"{self.parts}")
+        self._check_sizes()
         self.block_size = config.model.block_size
-        self.samples_per_step = self.global_batch_size // self.parts
-        weights = np.array([source.proportion for source in config.data.sources])
+        weights = np.array([{"proportion": source.proportion or 1, "samples": source.samples,
+                             "repeat": source.repeat and source.repeat * split.samples}[source.kinds[0]]
+                            for source, split in zip(config.data.sources, self.splits)])
         self.proportions = weights / weights.sum()
+        ends = np.cumsum([0, *self.proportions])
+        self.counts = np.diff(np.rint(ends * DEAL).astype(np.int64))  # of each dataset in a round of the deal
         self.first_sample = np.cumsum([0] + [split.samples for split in self.splits])  # samples are numbered through
-        for split, share in zip(self.splits, self.proportions):
-            if split.samples < self.samples_per_step * share:
-                raise UserError(f"{split.path}: its train split has {split.samples * self.parts} sequences, fewer than one "
-                                f"step takes; lower train.global_batch_size from {self.global_batch_size}")
+        folders = {path: {of.name for of in self.splits if of.path == path} for path in (split.path for split in self.splits)}
+        labels = tails([split.path if len(folders[split.path]) == 1 else f"{split.path}/{split.name}" for split in self.splits])
+        for i, split in enumerate(self.splits):
+            split.share, split.label = float(self.proportions[i]), labels[i] if len(labels) > 1 else ""
+            self._check_share(split, int(self.counts[i]), ends[i], ends[i + 1])
         self.deal = lru_cache(maxsize=2)(self._deal)
+
+    def _check_sizes(self):
+        """Raises UserError unless every batch is of whole samples, and every block of them may be cut."""
+        T, stored, schedule = self.splits[0].block_size, self.card["block_size"], self.train.batch_schedule
+        for size, step in sorted(self.train.sizes().items()):
+            if size % self.parts:
+                which = f"batch_schedule: the {size}, from step {step} on," if schedule else f"global_batch_size: {size}"
+                raise UserError(f"train.{which} sequences of {T} tokens do not fill whole samples of {stored}; take "
+                                f"{'multiples' if schedule else 'a multiple'} of {self.parts}")
+        for split in self.splits:
+            if self.train.block_schedule and split.card["dtype"] == PAIRS:
+                raise UserError(f"train.block_schedule: would cut the pairs of {split.path}; leave it out")
+
+    def _check_share(self, split: Split, count: int, begin: float, end: float):
+        """Raises UserError where a dataset has too few samples, or comes too seldom, or its cache is too small.
+
+        count: its samples in a round of the deal; begin, end: where they lie in a step, from 0 to 1.
+        """
+        batch, share, limit = self.train.global_batch_size, split.share, split.dataset.cache_limit
+        if split.samples < batch // self.parts * share:
+            raise UserError(f"{split.path}: its {split.name} split has {split.samples * self.parts} sequences, fewer than "
+                            f"one step takes; lower train.global_batch_size from {batch}")
+        if not count:
+            raise UserError(f"data.train: {share:.2g} of the samples would come from {split.path}, and {1 / DEAL:.2g} is "
+                            "the least; raise its share, or leave it out")
+        machines = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if limit and limit < (least := split.working_set(begin, end, machines)):
+            raise UserError(f"data.cache_limit: {self.data.cache_limit} does not hold the shards of {split.path} that the "
+                            "shuffle has in use at once on a machine, and they would be fetched again and again; take at "
+                            f"least {-(-least >> 10)}kb, or a data.shuffle_block_size below {self.data.shuffle_block_size}")
+
+    def validation(self, config: Config) -> list[Split]:
+        """The validation splits of those datasets that have one, each with its share and its label."""
+        found = []
+        for source, split in zip(config.data.sources, self.splits):
+            try:
+                found.append(Split(config, source.val_split, source.path))
+                found[-1].share, found[-1].label = split.share, split.label
+            except NoSplit:
+                if source.val_split != "val":
+                    raise
+        return found
 
     def epochs(self, steps: int) -> list[float]:
         """How often each dataset is gone through in so many steps."""
-        return [steps * self.samples_per_step * share / split.samples
-                for split, share in zip(self.splits, self.proportions)]
+        return [self.train.sequences(steps) / self.parts * split.share / split.samples for split in self.splits]
 
     def identity(self) -> dict:
         """All that decides which sequences a step sees. A run is resumed only where this is unchanged."""
@@ -226,8 +376,8 @@ class TrainStream:
             "data.shuffle_seed": self.data.shuffle_seed,
             "data.shuffle_block_size": self.data.shuffle_block_size,
             "model.block_size": self.block_size,
-            "train.global_batch_size": self.global_batch_size,
-        }
+            "train.global_batch_size": self.train.global_batch_size,
+        } | ({"train.batch_schedule": str(self.train.batch_schedule)} if self.train.batch_schedule else {})
 
     def differences(self, was: dict) -> dict:
         """{key: (was, now)} of another identity and this one."""
@@ -236,11 +386,13 @@ class TrainStream:
 
     def settings(self) -> dict:
         """What a checkpoint keeps of the data: enough to know it again, and to find any step's samples later."""
-        return dict(identity=self.identity(), parts=self.parts, data=self.data.model_dump())
+        schedule = self.train.batch_schedule
+        return dict(identity=self.identity(), parts=self.parts, data=self.data.model_dump()) | (
+            {"batch_schedule": schedule.model_dump()} if schedule else {})
 
     def _deal(self, round: int) -> tuple[np.ndarray, np.ndarray]:
         """The pattern of a mixture: (dataset of each of DEAL samples (DEAL,), how many of them before it are of it)."""
-        counts = np.diff(np.rint(np.cumsum([0, *self.proportions]) * DEAL).astype(np.int64))
+        counts = self.counts
         dealt = np.repeat(np.arange(len(counts)), counts)
         if self.data.mixture == "random":  # RandomState: numpy promises that it will draw the same for ever
             dealt = np.random.RandomState([self.data.shuffle_seed, round]).permutation(dealt)
@@ -253,12 +405,13 @@ class TrainStream:
         return dealt, before
 
     def samples(self, step: int) -> np.ndarray:
-        """(samples_per_step,) of sample: what step `step` takes, numbered through all datasets.
+        """(samples of the step,): what step `step` takes, numbered through all datasets.
 
         Neighbours come from the same canonical node, so that the consecutive ranks of a machine, which take
         consecutive pieces, read few shards.
         """
-        first, n = (step - self.first_step) * self.samples_per_step, self.samples_per_step
+        first = (self.train.sequences(step) - self.train.sequences(self.first_step)) // self.parts
+        n = self.train.batch(step) // self.parts
         if len(self.splits) == 1:
             samples, nodes = self.splits[0].take(first, n)
             return samples[np.argsort(nodes, kind="stable")]
@@ -273,7 +426,7 @@ class TrainStream:
         return np.concatenate(found)
 
     def sequences(self, step: int) -> np.ndarray:
-        """(global_batch_size, 2) of (sample, part): what optimizer step `step` (from 0) trains on, in order."""
+        """(sequences of the step, 2) of (sample, part): what optimizer step `step` (from 0) trains on, in order."""
         samples = self.samples(step)
         return np.stack([np.repeat(samples, self.parts), np.tile(np.arange(self.parts), len(samples))], 1)
 
@@ -297,7 +450,7 @@ class TrainStream:
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[np.ndarray]:
         """This rank's share of a step: arrays (micro_batch_size, 2) of (sample, part)."""
         mine = np.split(self.sequences(step), world_size)[rank]
-        return np.split(mine, len(mine) // self.micro_batch_size)
+        return np.split(mine, len(mine) // self.train.micro_batch_size)
 
     def batches(self, first_step: int, last_step: int, rank: int, world_size: int, device: torch.device):
         """Iterates over tokens (micro_batch_size, block_size + 1) from first_step on, read ahead by threads.

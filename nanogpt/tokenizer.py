@@ -1,5 +1,7 @@
 """Text to token ids and back: bytes, characters, tiktoken's encodings, a tiktoken ranks file or a tokenizer.json.
 
+`train_bpe` makes a vocabulary of a text.
+
 A dataset keeps its tokenizer as JSON (`to_json`), a checkpoint copies that, and whoever reads either rebuilds it with
 `from_json`, which refuses a tokenizer whose fingerprint is not the stored one.
 """
@@ -9,9 +11,11 @@ import difflib
 import hashlib
 import json
 import os
+import re
+import sys
 import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 
@@ -27,6 +31,24 @@ PROBE = (
     "Größe ÉTÉ Ελλάδα Привет 東京タワー हिन्दी e\u0301 ١٢٣ ½ 🙂\u00a0\u2003end \t \n  "
 )
 
+# How the tokenizers of GPT-2, GPT-4, Llama 3, Qwen and GPT-4o cut text before they merge, as OpenAI and Hugging Face spell
+# it. After a letter or a digit all of them cut before a blank, a line feed, or punctuation as in 東京、大阪, and what
+# stands on one side has no say in how the other is cut: there, a long text can be taken in two.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+           r"|\s+(?!\S)|\s+")
+_GPT4 = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+         r"|\s+(?!\S)|\s")
+_GPT4O = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+CUTTABLE = {_GPT2, r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+            _LLAMA3, _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),  # Qwen's
+            _GPT4, _GPT4.replace("{1,3}+", "{1,3}"), _GPT4O}  # the second as hf_tokenizer.py writes it
+
+MAX_TRAINED = 1_000_000  # ids of a vocabulary of one's own
+TRAINED_PIECE = 1 << 16  # characters that the trainer gets at a time, of which it holds 256 at once; at most twice as many
+
 
 class Tokenizer:
     """What every tokenizer shares: a table of the bytes each id stands for. Its kinds below add `_encode`.
@@ -39,7 +61,11 @@ class Tokenizer:
     fingerprint  sha256 over the bytes of every id, the special tokens, and how text is cut; not over names or paths
     pieces       the bytes of each id, b"" for special tokens
     specials     id -> name
+    cuttable     ids(a) + ids(b) == ids(a + b) where a ends in a letter or a digit, and b begins with a blank, a line feed or
+                 one of 、。，
     """
+
+    cuttable = False
 
     def __init__(self, name: str, pieces: list[bytes], specials: dict[int, str], rule):
         """pieces: the bytes of each id, b"" for none; specials: id -> name; rule: JSON that tells how text is cut."""
@@ -57,10 +83,9 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Ids (n,) of type self.dtype. A literal <|endoftext|> stays text. UserError: text that has no ids."""
         try:
-            return self._encode(text).astype(self.dtype)
+            return self._encode(text)
         except UnicodeEncodeError as error:
-            raise UserError(f"character {error.start} of the text is half of a surrogate pair "
-                            f"(U+{ord(text[error.start]):04X}), not Unicode text; read it as UTF-8") from None
+            raise _half_of_a_pair(text, error.start) from None
 
     def decode(self, ids) -> str:
         """The text of ids (n,): special tokens by name, invalid UTF-8 as U+FFFD. UserError: an id out of range."""
@@ -87,31 +112,41 @@ class Tokenizer:
         return {"name": self.name, "vocab_size": self.vocab_size, "eot": self.eot, "fingerprint": self.fingerprint}
 
 
+def _half_of_a_pair(text: str, at: int) -> UserError:
+    return UserError(f"character {at} of the text is half of a surrogate pair (U+{ord(text[at]):04X}), not Unicode text; "
+                     "read it as UTF-8")
+
+
 class ByteTokenizer(Tokenizer):
     """256 bytes, then end-of-text."""
+
+    cuttable = True
 
     def __init__(self):
         super().__init__("byte", [bytes([i]) for i in range(256)] + [b""], {256: END_OF_TEXT}, "byte")
 
     def _encode(self, text):
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(self.dtype)
 
 
 class CharTokenizer(Tokenizer):
     """One id for each character of a sorted alphabet, then end-of-text; nanoGPT's vocabularies are without that."""
+
+    cuttable = True
 
     def __init__(self, alphabet: str, with_eot: bool = True):
         pieces = [character.encode("utf-8", "surrogatepass") for character in alphabet]
         specials = {len(pieces): END_OF_TEXT} if with_eot else {}
         super().__init__("char", pieces + [b""] * with_eot, specials, "char")
         self.alphabet = alphabet
-        self._id_of = np.full(0x110000, -1, dtype=np.int32)  # codepoint -> id, -1 for none
+        self._none = np.iinfo(self.dtype).max  # at most end-of-text has this id
+        self._id_of = np.full(0x110000, self._none, dtype=self.dtype)  # codepoint -> id
         self._id_of[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
     def _encode(self, text):
         ids = self._id_of[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)]
-        if (ids < 0).any():
-            at = int(np.argmax(ids < 0))
+        if (ids == self._none).any():
+            at = int(np.argmax(ids == self._none))
             raise UserError(f"character {at}, {text[at]!r} (U+{ord(text[at]):04X}), is not among the "
                             f"{len(self.alphabet)} characters of this char tokenizer; leave it out, or convert the "
                             "data again from a text that has it, or with --tokenizer byte")
@@ -133,13 +168,16 @@ class BPETokenizer(Tokenizer):
             except KeyError:
                 pass  # an id that the vocabulary leaves unused, as cl100k_base does with some
         super().__init__(name, pieces, specials, ["bpe", encoding.encode_ordinary(PROBE)])
-        self._encoding, self._ranks = encoding, ranks
+        self._ranks, self._no_special, self._uint32 = ranks, frozenset(), np.dtype(np.uint32)
         self.pattern = encoding._pat_str
+        self.cuttable = self.pattern in CUTTABLE
+        # What encode_to_numpy calls, without what that does before it: as quick as encode_ordinary on short texts too, and
+        # without a Python integer for each token a fraction of its memory.
+        self._buffer = encoding._core_bpe.encode_to_tiktoken_buffer
 
     def _encode(self, text):
         try:
-            # As encode_ordinary, but without a Python integer for each token: a fraction of the memory.
-            return self._encoding.encode_to_numpy(text, disallowed_special=())
+            return np.frombuffer(self._buffer(text, self._no_special), self._uint32).astype(self.dtype)
         except UnicodeEncodeError:
             raise
         except ValueError as error:  # seen with a million blanks on end; cutting the text elsewhere changes its tokens
@@ -150,6 +188,10 @@ class BPETokenizer(Tokenizer):
             return super().to_json()
         tokens = [base64.b64encode(piece).decode() for piece in self.pieces[:self.eot]]
         return {**super().to_json(), "ranks": tokens}  # in the order of their ids, "" for an unused one
+
+    def ranks_file(self) -> bytes:
+        """tiktoken's ranks file: a line `base64 id` a token. Of ranks of one's own, from_name makes the same tokenizer."""
+        return b"".join(b"%s %d\n" % (base64.b64encode(piece), i) for i, piece in enumerate(self.pieces) if piece)
 
 
 class JSONTokenizer(Tokenizer):
@@ -182,22 +224,41 @@ class JSONTokenizer(Tokenizer):
                 pieces[i] = token.encode()
         if missing := {bytes([i]) for i in range(256)} - set(pieces):
             raise ValueError(f"it is not a byte-level one: it has no token for {min(missing)!r}")
-        probe = self._encode(PROBE).tolist()
+        probe = self._ids(PROBE)
         specials = {i: token.content for i, token in added.items() if token.special}
         super().__init__(name, pieces, specials, ["bpe", probe])
         known = {special: i for i, special in specials.items()}
         self.eot = next((known[end] for end in self.ENDS if end in known), None)
         before = encoder.encode("").ids
-        self.bos = before[0] if before and encoder.encode("a").ids == [before[0], *self._encode("a")] else None
+        self.bos = before[0] if before and encoder.encode("a").ids == [before[0], *self._ids("a")] else None
+        self.cuttable = _cuts_as_known(encoder, added.values())
         if self.decode_bytes(probe).decode(errors="replace") not in (PROBE, unicodedata.normalize("NFC", PROBE)):
             raise ValueError("it changes the text that it reads")
 
-    def _encode(self, text):
+    def _ids(self, text):
         text.encode()  # a UnicodeEncodeError, where tokenizers says something else
-        return np.array(self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int64)
+        return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _encode(self, text):
+        return np.array(self._ids(text), dtype=self.dtype)
 
     def to_json(self):
         return {**super().to_json(), "tokenizer_json": self.text}
+
+
+def _cuts_as_known(encoder, added) -> bool:
+    """Whether a tokenizers.Tokenizer cuts text in a way of CUTTABLE, and nothing that it does before looks over a cut."""
+    normalizer, cut = (part and json.loads(part.__getstate__()) for part in (encoder.normalizer, encoder.pre_tokenizer))
+    if normalizer not in (None, {"type": "NFC"}) or cut is None:
+        return False
+    if any(token.lstrip or token.rstrip or token.single_word or re.search(r"\w[ \n、。，]", token.content)
+           for token in added):
+        return False  # added tokens are looked for in the text before it is cut
+    *before, last = cut.get("pretokenizers") or [cut]
+    if last["type"] != "ByteLevel" or last["add_prefix_space"] or last["use_regex"] == bool(before):
+        return False
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    return not before or before in ([{**split, "pattern": {"Regex": known}}] for known in CUTTABLE)  # none before: GPT-2's
 
 
 def byte_table() -> dict[str, int]:
@@ -232,12 +293,12 @@ def from_name(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     UserError: unknown name, bad ranks file, or a vocabulary neither cached nor to be downloaded.
     """
     if name == "char":
-        alphabet = set()
+        seen = np.zeros(0x110000, dtype=bool)  # a set would take one character at a time
         for text in texts:
-            alphabet.update(text)
-        if not alphabet:
+            seen[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)] = True
+        if not seen.any():
             raise UserError("char takes its alphabet from the text, and the text is empty; give it some")
-        return CharTokenizer("".join(sorted(alphabet)))
+        return CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
     if name in (known := _fixed_names()):
         return _fixed(name)
     if not Path(name).is_file():
@@ -247,6 +308,60 @@ def from_name(name: str, texts: Iterable[str] = ()) -> Tokenizer:
     if name.endswith(".json"):
         return read_tokenizer_json(Path(name), Path(name).resolve().parent.name)
     return _from_ranks(Path(name).stem, _read_ranks(name), where=name)
+
+
+def make(spec: str, texts: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer called "bpe-N", trained on `texts`, or what `from_name` makes of another name. UserError: as theirs."""
+    trained = re.fullmatch(r"bpe-(\d{1,18})", spec)
+    return train_bpe(texts, int(trained[1])) if trained else from_name(spec, texts)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Byte-level BPE with GPT-2's split pattern, of `texts`; vocab_size counts the 256 bytes and end-of-text.
+
+    The same of the same texts in any process, on any number of cores. Memory grows with the number of different words, not
+    with the length of the text. Its ids are those that the tokenizers library gives with the merges it found. tiktoken
+    keeps no merges, and joins any two neighbours that make up a token, at that token's rank; but training makes each token
+    of one pair only, and no other pair of that sum outlives the merges before. (What may differ is where the split
+    patterns cut at characters that are newer than the Unicode tables of one of the two libraries.)
+
+    UserError: vocab_size out of range, a text too small for so many merges, or not Unicode.
+    """
+    from tokenizers import Tokenizer as Encoder
+    from tokenizers import models, pre_tokenizers, trainers
+    if not 257 <= vocab_size <= MAX_TRAINED:
+        raise UserError(f"a vocabulary of {vocab_size} ids is out of range; take 257 (256 bytes and end-of-text) to "
+                        f"{MAX_TRAINED}")
+    byte_of = byte_table()
+    encoder = Encoder(models.BPE())
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(byte_of),
+                                  show_progress=sys.stderr.isatty())
+    encoder.train_from_iterator(_pieces(texts), trainer)
+    tokens = [bytes([i]) for i in range(256)]
+    for pair in json.loads(encoder.to_str())["model"]["merges"]:
+        tokens.append(bytes(byte_of[character] for character in "".join(pair).replace(" ", "")))
+    if len(tokens) + 1 < vocab_size:
+        raise UserError(f"the text is too small for a vocabulary of {vocab_size} ids: it gives {len(tokens) + 1}, the pairs "
+                        f"that occur twice or more; take bpe-{len(tokens) + 1} or less, or more text")
+    return _from_ranks(f"bpe-{vocab_size}", {token: i for i, token in enumerate(tokens)}, where=f"bpe-{vocab_size}")
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in pieces of about TRAINED_PIECE characters, between words (of a longer word, somewhere)."""
+    between = re.compile(r"\S(?=[ \n])")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _half_of_a_pair(text, error.start) from None
+        start = 0
+        while start < len(text):
+            nominal, last = start + TRAINED_PIECE, start + 2 * TRAINED_PIECE
+            found = between.search(text, nominal, last) if nominal < len(text) else None
+            end = found.end() if found else min(last, len(text))
+            yield text[start:end]
+            start = end
 
 
 def from_json(obj: dict) -> Tokenizer:

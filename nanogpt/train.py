@@ -24,6 +24,7 @@ from nanogpt.errors import PeerLost, Stopped, UserError
 from nanogpt.health import Numbers
 from nanogpt.loss import IGNORE
 from nanogpt.meter import Meter
+from nanogpt.model import separate_documents
 from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.ranks import init_process_group
 from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape
@@ -43,11 +44,11 @@ def train(config: Config, device: torch.device) -> dict:
     warnings = []
     weights = take_shape(config)
     stream = TrainStream(config)
-    splits = {"train": stream.splits,
-              "val": [Split(config, "val", s.path) for s in stream.splits if "val" in s.card["splits"]]}
+    splits = {"train": stream.splits, "val": stream.validation(config)}
     config.model.vocab_size = config.model.vocab_size or stream.vocab_size
     tok = tokenizer.from_json(stream.card["tokenizer"])
     token_bytes = torch.from_numpy(tok.token_bytes()).to(device)
+    separate = separate_documents(config.model, tok, blocks=config.train.compile and device.type == "cuda")
     if weights:
         weights.check_tokenizer(tok, config.data.sources[0].path, warnings)
     if not splits["val"] and (config.eval.patience or config.checkpoint.keep_best):
@@ -71,23 +72,24 @@ def train(config: Config, device: torch.device) -> dict:
         guard.at(step, "evaluation")
         found = {}
         for name in filter(splits.get, splits):
-            nats, bits = evaluate(model, splits[name], stream, config, token_bytes, device, lambda: guard.at(step, "evaluation"))
-            found |= {f"{name}_loss": nats, f"{name}_bits_per_byte": bits}
+            nats, bits, each = evaluate(model, splits[name], config, token_bytes, separate, device,
+                                        lambda: guard.at(step, "evaluation"))
+            found |= {f"{name}_loss": nats, f"{name}_bits_per_byte": bits} | {f"{name}_loss/{k}": v for k, v in each.items()}
         return found
 
     if config.eval.only:
-        introduce(meter, config, stream, model, resumed, state)
+        introduce(meter, config, stream, splits["val"], model, resumed, state)
         record = losses_now(first_step)
         meter.say(f"step {first_step}" + meter.losses(record))
         return record
     take_run_folder(config, make=True)
     meter.open(first_step, warnings)
-    introduce(meter, config, stream, model, resumed, state)
+    introduce(meter, config, stream, splits["val"], model, resumed, state)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
                              config.checkpoint.async_save, config.checkpoint.keep_best, warn=meter.say)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
-    last_step, accumulation = config.max_steps, config.accumulation(world_size)
+    last_step = config.max_steps
     sums_late = config.sharding.strategy in ("grad", "replicate")  # gradients stay whole until the last micro-batch
     numbers = Numbers(config, state, device)
     batches = stream.batches(first_step, last_step, rank, world_size, device)
@@ -117,8 +119,9 @@ def train(config: Config, device: torch.device) -> dict:
 
         # The whole step's tokens are at hand before its first forward: each loss is divided by the count of all ranks.
         guard.at(step + 1, "data")
+        accumulation, block = config.accumulation(world_size, step), config.block(step)
         with meter.waiting_for_data():
-            tokens = [inputs_and_targets(next(batches).to(device, non_blocking=True)) for _ in range(accumulation)]
+            tokens = [inputs_and_targets(next(batches).to(device, non_blocking=True), block) for _ in range(accumulation)]
         count = sum((y != IGNORE).sum() for _, y in tokens)
         guard.at(step + 1, "compute")
         if world_size > 1:
@@ -127,7 +130,7 @@ def train(config: Config, device: torch.device) -> dict:
         loss = torch.zeros((), device=device)
         for i, (x, y) in enumerate(tokens):                                      # x, y: (micro_batch_size, block_size)
             model.set_requires_gradient_sync(not sums_late or i == accumulation - 1)
-            part = model(x, y) / count
+            part = model(x, y, *separate(x)) / count
             part.backward()
             loss += part.detach()
             guard.at(step + 1, "compute")
@@ -226,11 +229,11 @@ def gradient_norm(model) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model, splits: list[Split], stream: TrainStream, config: Config, token_bytes: torch.Tensor, device,
-             alive) -> tuple[float, float]:
+def evaluate(model, splits: list[Split], config: Config, token_bytes: torch.Tensor, separate, device,
+             alive) -> tuple[float, float, dict]:
     """(mean loss in nats a token, bits a byte) over the first eval.sequences of each split, by all ranks together.
 
-    Several splits, those of a mixture, count in its proportions. alive() is called once a batch.
+    Several splits, those of a mixture, count in its proportions; {label: its own loss}. alive() is called once a batch.
     """
     model.eval()
     sums = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)  # nats, tokens, bytes
@@ -239,18 +242,19 @@ def evaluate(model, splits: list[Split], stream: TrainStream, config: Config, to
                                         dist.get_rank(), dist.get_world_size()):
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             counts = y != IGNORE
-            sums[i] += torch.stack([model(x, y).double(), counts.sum(), (token_bytes[y.clamp(min=0)] * counts).sum()])
+            nats = model(x, y, *separate(x)).double()
+            sums[i] += torch.stack([nats, counts.sum(), (token_bytes[y.clamp(min=0)] * counts).sum()])
             alive()
     for module in model.modules():  # without a backward, fully_shard would leave some weights whole
         if isinstance(module, FSDPModule):
             module.reshard()
     model.train()
     dist.all_reduce(sums)
-    paths = {split.path for split in splits}  # in the stream's order, but for datasets without this split
-    weights = torch.tensor([share for split, share in zip(stream.splits, stream.proportions) if split.path in paths])
+    weights = torch.tensor([split.share for split in splits], dtype=torch.float64)
     nats, tokens, n_bytes = sums.cpu().T
     loss, bytes_a_token = ((weights * of / tokens).sum().item() / weights.sum().item() for of in (nats, n_bytes))
-    return loss, loss / max(1e-9, bytes_a_token) / math.log(2)
+    each = {split.label: nat.item() for split, nat in zip(splits, nats / tokens) if split.label}
+    return loss, loss / max(1e-9, bytes_a_token) / math.log(2), each
 
 
 def warn_of_short_grace(meter: Meter, config: Config, saver, record: dict):
@@ -266,9 +270,9 @@ def warn_of_short_grace(meter: Meter, config: Config, saver, record: dict):
 
 # ---- before the first step ------------------------------------------------------------------------------------------
 
-def introduce(meter: Meter, config: Config, stream: TrainStream, model, resumed, state):
+def introduce(meter: Meter, config: Config, stream: TrainStream, val: list[Split], model, resumed, state):
     """The run in a few lines."""
-    c, ranks, epochs = config, dist.get_world_size(), stream.epochs(config.max_steps)
+    c, t, ranks, epochs = config, config.train, dist.get_world_size(), stream.epochs(config.max_steps)
     device = torch.cuda.get_device_name(meter.device) if meter.device.type == "cuda" else \
         f"CPU, {torch.get_num_threads()} threads a rank"
     meter.say(f"model       {model.num_params() / 1e6:.2f}M parameters: {c.model.n_layer} layers, {c.model.n_head} heads, "
@@ -276,13 +280,18 @@ def introduce(meter: Meter, config: Config, stream: TrainStream, model, resumed,
               f"{model.transformer.wte.weight.size(0)} rows")
     for split, share, passes in zip(stream.splits, stream.proportions, epochs):
         part = f"{share:.1%} of a {c.data.mixture} mixture, " if len(epochs) > 1 else ""
-        meter.say(f"data        {split.path}: {part}{split.card['splits']['train']['tokens']:,} tokens, "
+        meter.say(f"data        {split.path}: {part}{split.card['splits'][split.name]['tokens']:,} tokens, "
                   f"{split.samples:,} samples, {passes:.3g} epochs, {split.card['tokenizer']['name']} tokenizer")
-        if "val" not in split.card["splits"]:
+        if split.path not in {of.path for of in val}:
             meter.say(f"warning: {split.path} has no val split: there is no validation loss of it")
-    meter.say(f"batch       {c.train.global_batch_size} sequences = {ranks} ranks x {c.train.micro_batch_size} x "
+    meter.say(f"batch       {t.global_batch_size} sequences = {ranks} ranks x {t.micro_batch_size} x "
               f"{c.accumulation(ranks)} accumulated; {c.tokens_per_step:,} tokens a step, {c.max_steps} steps, "
-              f"{c.max_steps * c.tokens_per_step / 1e6:.3g}M tokens")
+              f"{meter.tokens(c.max_steps) / 1e6:.3g}M tokens")
+    for key in ("batch_schedule", "block_schedule"):
+        if schedule := getattr(t, key):
+            meter.say(f"            train.{key}: {schedule}")
+    if c.model.mask_documents:
+        meter.say("documents   each by itself: attention does not leave it, and positions begin anew with it")
     meter.say(f"sharding    {c.sharding.strategy}, activation checkpointing {c.sharding.activation_checkpointing}, "
               f"{c.train.precision}, compile {'on' if c.train.compile else 'off'}")
     meter.say(f"device      {device}" + ("" if meter.peak else "; its peak FLOP/s is not known, so no MFU"))

@@ -69,6 +69,12 @@ def test_all_problems_at_once_one_line_each(tmp_path):
     (GOOD, ["--optim.learning_rate=inf"], 1, "--optim.learning_rate: input should be a finite number (found 'inf')"),
     (GOOD, ["--sharding.strategy=fsdp"], 1, "--sharding.strategy: input should be 'full', 'grad', 'hybrid' or 'replicate' (found 'fsdp')"),
     (GOOD, ["--run.name=../x"], 1, "--run.name: string should match pattern '^[\\w.-]*\\w[\\w.-]*$' (found '../x')"),
+    ("data: {train: [{path: a, repeat: 2}, b]}\ntrain: {max_steps: 9}", [], 1,
+     "c.yaml: data.train: its datasets have proportion and repeat; give all of them the same one (default: proportion 1)"),
+    (GOOD, ["--data.path=null", "--data.train=[{path: a, repeat: 2, samples: 9}]"], 1,
+     "--data.train: its datasets have repeat and samples; give all of them the same one"),
+    (GOOD, ["--data.train={path: a, split: ../val}"], 1, "--data.train: string should match pattern"),
+    (GOOD, ["--data.train=[{path: a"], 1, "--data.train: not valid YAML: while parsing a flow"),
     ("data: {path: d, path: e}", [], 1, "c.yaml: not valid YAML: 'path' stands twice, the second time on line 1 or below"),
     ("data: [", [], 1, "c.yaml: not valid YAML: while parsing"),
     ("- a", [], 1, "c.yaml: expected sections like `train:`, found list"),
@@ -99,6 +105,17 @@ def test_steps_and_accumulation(tmp_path):
     c = load_config([str(tmp_path / "c.yaml"), "--train.max_tokens=1000000", "--train.global_batch_size=48",
                      "--train.micro_batch_size=3"], 4)
     assert c.tokens_per_step == 48 * 1024 and c.max_steps == 21 and c.accumulation(4) == 4  # 20.3 steps, rounded up
+
+
+def test_one_dataset_or_a_list(tmp_path):
+    """Checkpoints hold of a dataset what was given, and no more."""
+    (tmp_path / "c.yaml").write_text("train: {max_steps: 9}")
+    for given, held in (("a/b", [dict(path="a/b")]), ("[{path: a, proportion: 1}]", [dict(path="a", proportion=1)]),
+                        ("{path: a, split: train_small}", [dict(path="a", split="train_small")]),
+                        ("[{path: a, repeat: 2}, {path: b, repeat: 1}]",
+                         [dict(path="a", repeat=2), dict(path="b", repeat=1)])):
+        data = load_config([str(tmp_path / "c.yaml"), f"--data.train={given}"]).data
+        assert data.model_dump()["train"] == held and type(data).model_validate(data.model_dump()) == data
 
 
 def test_help_names_every_setting_and_imports_nothing_heavy():

@@ -20,7 +20,8 @@ from nanogpt import checkpoint, resume, tokenizer
 from nanogpt.errors import UserError
 from nanogpt.generate import load_run
 from nanogpt.model import GPT
-from nanogpt.shards import convert_tokens, load_dataset_card
+from nanogpt.convert import convert_tokens
+from nanogpt.shards import load_dataset_card
 
 ROOT = Path(__file__).parents[1]
 TEXT = "Größe? Der Mond, 東京 und 🙂; noch einmal:\n" * 40
@@ -325,7 +326,7 @@ def test_bins_become_shards(prepared, capsys, monkeypatch):
 def test_pieces_change_nothing_and_done_is_done(prepared, monkeypatch, capsys):
     folder, _ = prepared
     tool.convert_data(folder, folder / "whole", 16, None, "zstd", False)
-    monkeypatch.setattr("nanogpt.shards.PIECE", 7)
+    monkeypatch.setattr("nanogpt.convert.PIECE", 7)
     tool.convert_data(folder, folder / "pieces", 16, None, "zstd", False)
     assert hashes(folder / "whole") == hashes(folder / "pieces")
     assert capsys.readouterr().out.count("written") == 2

@@ -81,9 +81,9 @@ class Runs:
     def state(self, name):
         return checkpoint.read_state(checkpoint.find(self.folder / name))
 
-    def batches(self, data, *steps, options=()):
+    def batches(self, data, *steps, options=(), first_step=0):
         """What steps are to be trained on, one batch each."""
-        stream = TrainStream(load_config(self.argv("by-hand", data, 25, options)))
+        stream = TrainStream(load_config(self.argv("by-hand", data, 25, options)), first_step)
         return [stream.read(stream.sequences(step)) for step in steps]
 
 
@@ -134,6 +134,8 @@ def refused(runs, name, data, changed: dict, *options, world_size=1):
     (["--data.shuffle_block_size=1000"], {"data.shuffle_block_size": (1 << 18, 1000)}),
     (["--data.num_canonical_nodes=4"], {"data.num_canonical_nodes": (3, 4)}),
     (["--train.global_batch_size=16"], {"train.global_batch_size": (8, 16)}),
+    (["--train.batch_schedule={kind: stepped, points: [[0, 4], [9, 8]]}"],
+     {"train.batch_schedule": (None, "stepped [[0, 4], [9, 8]]")}),
     (["--data.shuffle_seed=7", "--train.global_batch_size=4", "--data.shuffle_algo=naive"],
      {"data.shuffle_seed": (9176, 7), "train.global_batch_size": (8, 4), "data.shuffle_algo": ("py1e", "naive")}),
 ], ids=lambda x: " ".join(x) if isinstance(x, dict) else "")
@@ -229,14 +231,20 @@ def test_all_else_may_change_and_the_samples_stay(runs, single, text_dataset):
 # ---- what a change costs --------------------------------------------------------------------------------------------
 
 def test_an_allowed_change_begins_the_new_data_and_goes_on_there(runs, single, text_dataset, three):  # noqa: F811
-    """Ten steps, eight of another order and batch, seven of another dataset, stopped in between: a plain loop."""
-    allow, twice = "--run.allow_data_change=true", ["--data.shuffle_seed=5", "--train.global_batch_size=16"]
+    """Ten steps, eight of another order and batch, seven of another dataset, stopped in between: a plain loop.
+
+    The new batch grows on the way, after step 13.
+    """
+    allow = "--run.allow_data_change=true"
+    twice = ["--data.shuffle_seed=5", "--train.global_batch_size=16",
+             "--train.batch_schedule={kind: stepped, points: [[0, 8], [13, 16]]}"]
     runs.copy(single, "changed")
     stopped, said, _ = runs.attempt("changed", text_dataset, 14, *twice, allow)[0]
     assert stopped is None
     path = runs.folder / "changed" / "checkpoints" / "step-00000010"
     warnings = [f"warning: {path}: data.shuffle_seed was 9176 and is 5 now",
-                f"warning: {path}: train.global_batch_size was 8 and is 16 now"]
+                f"warning: {path}: train.global_batch_size was 8 and is 16 now",
+                f"warning: {path}: train.batch_schedule was None and is stepped [[0, 8], [13, 16]] now"]
     n = json.loads((text_dataset / "dataset.json").read_text())["splits"]["train"]["samples"]
     cost = ("the data changes after step 10 and is read from its beginning: "
             f"40 of {n} samples of the epoch under way were trained on, and come again")  # 10 x 8 sequences, 2 a sample
@@ -255,21 +263,24 @@ def test_an_allowed_change_begins_the_new_data_and_goes_on_there(runs, single, t
     # A second change, to another dataset and the old batch; and a stop on the way.
     stopped, said, _ = runs.attempt("changed", three[1], 21, allow)[0]
     assert stopped is None
-    assert f"after step 18 and is read from its beginning: 64 of {n} samples" in said
+    assert f"after step 18 and is read from its beginning: {3 * 4 + 5 * 8} of {n} samples" in said
     metrics = runs("changed", three[1], 25)
 
-    losses = plain([*runs.batches(text_dataset, *range(10)), *runs.batches(text_dataset, *range(8), options=twice),
+    losses = plain([*runs.batches(text_dataset, *range(10)),
+                    *runs.batches(text_dataset, *range(10, 18), options=twice, first_step=10),
                     *runs.batches(three[1], *range(7))])
     assert [m["step"] for m in metrics] == list(range(1, 26))
     assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
     assert [m["loss"] for m in whole] == pytest.approx(losses[:18], rel=1e-4)
-    assert [m["tokens"] for m in metrics] == [*np.cumsum([256] * 10 + [512] * 8 + [256] * 7)]
+    assert [m["tokens"] for m in metrics] == [*np.cumsum([256] * 13 + [512] * 5 + [256] * 7)]
     history = runs.state("changed")["data_history"]
-    assert [(era["from_step"], era["tokens"]) for era in history] == [(0, 0), (10, 2560), (18, 2560 + 4096)]
-    assert history[1]["changed"] == {"data.shuffle_seed": [9176, 5], "train.global_batch_size": [8, 16]}
-    assert history[2]["changed"].keys() == {"data.shuffle_seed", "train.global_batch_size", "train index.json sha256",
-                                            "samples per epoch"}
-    assert runs.state("changed")["tokens"] == 2560 + 4096 + 7 * 256
+    assert [(era["from_step"], era["tokens"]) for era in history] == [(0, 0), (10, 2560), (18, 3328 + 2560)]
+    assert history[1]["changed"] == {"data.shuffle_seed": [9176, 5], "train.global_batch_size": [8, 16],
+                                     "train.batch_schedule": [None, "stepped [[0, 8], [13, 16]]"]}
+    assert history[1]["batch_schedule"] == {"kind": "stepped", "points": [[0, 8], [13, 16]], "multiple": None}
+    assert history[2]["changed"].keys() == {"data.shuffle_seed", "train.global_batch_size", "train.batch_schedule",
+                                            "train index.json sha256", "samples per epoch"}
+    assert runs.state("changed")["tokens"] == 3328 + 2560 + 7 * 256
     # And now this is what may not change.
     assert "train index.json sha256 is" in runs.attempt("changed", text_dataset, 30)[0][0]
 
@@ -324,7 +335,7 @@ def test_a_mixture_is_the_plain_loop_on_any_ranks_and_over_stops(runs, three, me
         assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
 
 
-def test_the_loss_of_a_mixture_is_weighted_by_its_proportions(runs, three, tmp_path):  # noqa: F811
+def test_losses_of_a_mixture_one_by_one_and_weighted_by_its_proportions(runs, three, tmp_path):  # noqa: F811
     """Those without a val split do not count in val; one that is there twice counts twice."""
     from nanogpt.generate import load_run
     from nanogpt.shards import import_streaming
@@ -357,4 +368,11 @@ def test_the_loss_of_a_mixture_is_weighted_by_its_proportions(runs, three, tmp_p
         loss, size = (sum(share * x[i] for share, x in weights) / sum(share for share, _ in weights) for i in (0, 1))
         assert last[f"{split}_loss"] == pytest.approx(loss, rel=1e-5)
         assert last[f"{split}_bits_per_byte"] == pytest.approx(loss / size / np.log(2), rel=1e-5)
+        names = {"mds": a, "b": b, "no-val": no_val}  # what the paths end with
+        assert {key: value for key, value in last.items() if key.startswith(f"{split}_loss/")} == {
+            f"{split}_loss/{name}": pytest.approx(of(path, split)[0], rel=1e-5) for name, path in names.items()
+            if split == "train" or path != no_val}
     assert len({of(path, "val")[0] for path in three}) == 3  # the weights make a difference
+    console = (tmp_path / "run" / "log.txt").read_text().splitlines()[-1]
+    each = ", ".join(f"{name} {last[f'val_loss/{name}']:.4f}" for name in ("mds", "b"))
+    assert console.endswith(f" val {last['val_loss']:.4f} ({last['val_bits_per_byte']:.4f} bits/byte): {each}")

@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 from conftest import convert as convert_text
-from test_shards import BYTE, call_tool, hashes, make, one_line, read
+from test_shards import BYTE, call_tool, convert, hashes, make, one_line, read
 from test_train import SMALL, plain_optimizer, train_run
 
 from nanogpt.config import Model, load_config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
 from nanogpt.model import GPT
-from nanogpt.shards import convert, load_dataset_card
+from nanogpt.shards import load_dataset_card
 from nanogpt.stream import Split, TrainStream, inputs_and_targets
 from nanogpt.tokenizer import from_json, from_name
 
@@ -83,7 +83,7 @@ def test_packing_by_hand(tmp_path):
              ("d", "xy"), ("e", "uvwxy"),          # 4, and 7 that do not fit beside them
              ("", "uvwxyuvw"),                     # 9, and the end-of-text before it
              ("abcdeabc", "u")]
-    card, _ = convert(named(pairs), tmp_path / "out", BYTE, 9, val_fraction=0, pairs=True)
+    card, _ = convert(named(pairs), tmp_path / "out", BYTE, 9, val_fraction=0)
     samples = read(tmp_path / "out" / "train")
     assert samples.dtype == np.int32 and samples.tolist() == [
         [a, b, u, v, END, c, w, END, x, END],
@@ -94,7 +94,7 @@ def test_packing_by_hand(tmp_path):
     assert card == load_dataset_card(tmp_path / "out") and card["dtype"] == "int32"
     assert card["splits"]["train"] == {
         "stride": 10, "tokens": 40, "samples": 5, "documents": 7, "bytes": 33, "dropped_tokens": 0, "targets": 27,
-        "padding": 10, "left_out": 0}
+        "padding": 10} and card["left_out"] == {}
 
 
 def test_every_token_of_a_completion_is_a_target_once_and_none_of_a_prompt(tmp_path, dataset):
@@ -116,17 +116,17 @@ def test_of_text_every_token_is_input_and_target():
 
 
 def test_workers_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt.shards.TASK_CHARACTERS", 100)  # many tasks
+    monkeypatch.setattr("nanogpt.documents.CHUNK", 100)  # many tasks
     pairs = named(random_pairs(100))
     char = from_name("char", ("".join(pair) for _, pair in pairs))
     for workers in (1, 2):
-        convert(pairs, tmp_path / str(workers), char, BLOCK, val_fraction=0.2, workers=workers, pairs=True)
+        convert(pairs, tmp_path / str(workers), char, BLOCK, val_fraction=0.2, workers=workers)
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
 
 
 def test_validation_has_whole_pairs(tmp_path):
     pairs = random_pairs(38)
-    card, _ = convert(named(pairs), tmp_path / "out", BYTE, BLOCK, val_fraction=0.1, seed=7, pairs=True)
+    card, _ = convert(named(pairs), tmp_path / "out", BYTE, BLOCK, val_fraction=0.1, seed=7)
     chosen = np.random.default_rng(7).choice(40, 4, replace=False)
     for name, its in (("val", [pair for i, pair in enumerate(pairs) if i in chosen]),
                       ("train", [pair for i, pair in enumerate(pairs) if i not in chosen])):
@@ -157,7 +157,7 @@ def test_a_bad_line_is_named(tmp_path, capsys, monkeypatch, line, said):
     assert one_line(status, stderr) and f"error: {tmp_path}/p.jsonl:3: {said}" in stderr and stdout == ""
     assert not (tmp_path / "out").exists()
     status, stdout, stderr = call_tool(capsys, monkeypatch, *arguments, "--errors", "skip")
-    assert (status, stderr) == (0, "") and "left out: 1 lines that are no pair" in stdout and "pairs 2, tokens 6" in stdout
+    assert (status, stderr) == (0, "") and "1 lines that are no pair" in stdout and "pairs 2, tokens 6" in stdout
 
 
 def test_errors_replace_and_byte_order_marks(tmp_path, capsys, monkeypatch):
@@ -175,23 +175,23 @@ def test_a_pair_that_is_longer_than_a_sample(tmp_path, pair, length):
     pairs = named([("p" * 7, "c"), pair, ("", "c" * 7)])  # the others just fit
     with pytest.raises(UserError, match=f"^line 2: is {length} tokens long, and a sample holds .* 9; take a --block-size of "
                                         f"{length - 1} or more, or --errors skip"):
-        convert(pairs, tmp_path / "out", BYTE, 8, val_fraction=0, pairs=True)
-    card, _ = convert(pairs, tmp_path / "out", BYTE, 8, val_fraction=0, pairs=True, skip_long=True)
-    assert card["splits"]["train"]["left_out"] == 1 and card["splits"]["train"]["documents"] == 2
+        convert(pairs, tmp_path / "out", BYTE, 8, val_fraction=0)
+    card, _ = convert(pairs, tmp_path / "out", BYTE, 8, val_fraction=0, skip_long=True)
+    assert card["left_out"] == {"too long": 1} and card["splits"]["train"]["documents"] == 2
     assert read(tmp_path / "out" / "train").tolist() == packed([pairs[0][1], pairs[2][1]], 8)
-    convert(pairs, tmp_path / "larger", BYTE, length - 1, val_fraction=0, pairs=True)
-    with pytest.raises(UserError, match="^the train split has no pair, 1 are left out as too long"):
-        convert(pairs[1:2], tmp_path / "none", BYTE, 8, val_fraction=0, pairs=True, skip_long=True)
+    convert(pairs, tmp_path / "larger", BYTE, length - 1, val_fraction=0)
+    with pytest.raises(UserError, match="^the train split has no pair that fits into a sample"):
+        convert(pairs[1:2], tmp_path / "none", BYTE, 8, val_fraction=0, skip_long=True)
 
 
 def test_options_that_do_not_go_with_pairs(tmp_path):
     with pytest.raises(UserError, match="^--stride: pairs are not cut into windows; leave it out$"):
-        convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK, pairs=True, stride=4)
+        convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK, stride=4)
     with pytest.raises(UserError, match="^--val-fraction: a single pair is not cut"):
-        convert(named(random_pairs(9))[:1], tmp_path / "out", BYTE, BLOCK, pairs=True)
+        convert(named(random_pairs(9))[:1], tmp_path / "out", BYTE, BLOCK)
     make(tmp_path / "out", block_size=BLOCK)
     with pytest.raises(UserError, match=r"another dataset \(dtype, "):
-        convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK, pairs=True)
+        convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK)
 
 
 def test_a_shorter_block_would_cut_pairs(tmp_path, dataset):
@@ -200,7 +200,7 @@ def test_a_shorter_block_would_cut_pairs(tmp_path, dataset):
 
 
 def test_dataset_json_of_pairs_is_checked(tmp_path):
-    convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK, val_fraction=0, pairs=True)
+    convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK, val_fraction=0)
     card = load_dataset_card(tmp_path / "out")
     card["splits"]["train"]["targets"] = -1
     (tmp_path / "out" / "dataset.json").write_text(json.dumps(card))
@@ -210,7 +210,7 @@ def test_dataset_json_of_pairs_is_checked(tmp_path):
 
 @pytest.mark.parametrize("stored", [257, ~257])
 def test_an_id_out_of_the_vocabulary_is_named(tmp_path, stored):
-    convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK, val_fraction=0, pairs=True)
+    convert(named(random_pairs(9)), tmp_path / "out", BYTE, BLOCK, val_fraction=0)
     shard = next((tmp_path / "out" / "train").glob("*.mds"))
     index = json.loads((tmp_path / "out" / "train" / "index.json").read_text())
     index["shards"][0]["raw_data"]["hashes"] = {}  # made elsewhere
@@ -286,10 +286,10 @@ def test_a_mixture_of_text_and_pairs(tmp_path, dataset):
 def test_inspect(tmp_path, dataset, capsys, monkeypatch):
     pairs = [("2+2=", "4"), ("", "hello"), ("x" * 30, "[y]")]
     write(tmp_path / "pairs.jsonl", pairs)
-    convert(named(pairs), tmp_path / "out", BYTE, 40, val_fraction=0, pairs=True)
+    convert(named(pairs), tmp_path / "out", BYTE, 40, val_fraction=0)
     status, stdout, stderr = call_tool(capsys, monkeypatch, "inspect_mds.py", tmp_path / "out", "--verify")
     assert (status, stderr) == (0, "")
-    assert "pairs 3, tokens 46, targets 12, samples 2, padding 43.9%, left out as too long 0" in stdout
+    assert "pairs 3, tokens 46, targets 12, samples 2, padding 43.9%" in stdout
     assert "train sample 0, tokens 0 to 40: '[[2+2=]]4<|endoftext|>hello<|endoftext|>[[29 x <|endoftext|>]]'\n" in stdout
     assert f"train sample 1, tokens 41 to 81: '[[{'x' * 30}]][y]<|endoftext|>[[7 x <|endoftext|>]]'\n" in stdout
     assert "verified: 1 shards hold what was written" in stdout

@@ -6,7 +6,6 @@ the very same sequences give.
 
 import ast
 import bisect
-import contextlib
 import json
 import re
 import shutil
@@ -23,9 +22,12 @@ from test_shards import call_tool, hashes, one_line, run_tool
 
 from nanogpt import shards
 from nanogpt.config import Config
+from nanogpt.convert import convert
+from nanogpt.documents import text_files
 from nanogpt.generate import load_run
 from nanogpt.model import GPT
 from nanogpt.stream import TrainStream
+from nanogpt.tokenizer import from_name
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--log.interval=1",
@@ -36,23 +38,18 @@ SMALL = ["--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.
 class Corpus:
     """Files of words that occur nowhere else, and their dataset: samples of 32 tokens in several shards."""
 
-    def __init__(self, folder: Path, letter: str, sizes: list[int], stride: int, val_fraction: float, *options):
+    def __init__(self, folder: Path, letter: str, sizes: list[int], stride: int, val_fraction: float, block_size=32,
+                 **options):
         self.path = folder / letter
         words = iter(range(10**4))
         files = [folder / f"{letter}-texts" / f"{i:02}\t.txt" for i in range(len(sizes))]
         files[0].parent.mkdir()
         for i, (file, size) in enumerate(zip(files, sizes)):
             file.write_text("\x1b".join(f"{letter}{next(words):04}" for _ in range(size)) + "." * (i % 4))
-        patch = pytest.MonkeyPatch()
-        patch.setattr(shards, "SHARD_BYTES", 1500)
-        patch.setattr(sys, "argv", ["convert", "--input", str(files[0].parent), "--out", str(self.path),
-                                    "--tokenizer=byte", "--block-size=32", f"--stride={stride}",
-                                    f"--val-fraction={val_fraction}", *options])
-        patch.syspath_prepend(ROOT / "tools")
-        import convert_text_to_mds
-        with contextlib.redirect_stdout(None):
-            convert_text_to_mds.main()
-        patch.undo()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shards, "SHARD_BYTES", 1500)
+            convert(text_files([str(files[0].parent)]), self.path, from_name("byte"), block_size, stride=stride,
+                    val_fraction=val_fraction, **options)
         n_val = round(len(files) * val_fraction)
         val = np.random.default_rng(2357).choice(len(files), n_val, replace=False)
         self.names = [str(file) for i, file in enumerate(files) if i not in val]
@@ -169,7 +166,7 @@ def test_limit_and_width(run, shown):
 
 
 def test_long_text_is_shortened(capsys, monkeypatch, tmp_path):
-    c = Corpus(tmp_path, "c", [900], 32, 0, "--block-size=512", "--stride=512", "--compression=zstd")
+    c = Corpus(tmp_path, "c", [900], 512, 0, block_size=512, compression="zstd")
     folder = config_alone(tmp_path, c.path, 512)
     before = hashes(tmp_path)
     for options, length in ([], 240), (["--full"], 513):

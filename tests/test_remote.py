@@ -1,6 +1,6 @@
 """Shards in an S3 bucket that fails: the very tokens of the local folder, or one clear line in bounded time.
 
-moto serves the buckets on loopback, in this process. In front of it stands Faults, which can refuse (400, 503), drop
+moto serves the buckets on loopback, in this process. In front of it stands Faults, which can refuse (400, 500, 503), drop
 the connection, cut a body short, flip a bit in it, or never answer.
 """
 
@@ -27,8 +27,9 @@ from test_stream import make_config
 from test_train import SMALL
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from nanogpt import shards
+from nanogpt import convert, shards
 from nanogpt import cache
+from nanogpt.documents import InMemory
 from nanogpt.errors import UserError
 from nanogpt.stream import TrainStream
 from nanogpt.tokenizer import from_name
@@ -52,7 +53,7 @@ class Faults:
         method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].strip("/")
         fault = self.rule(method, key, self.asked[method, key]) if self.rule else None
         self.asked[method, key] += 1
-        if fault in ("400", "503"):
+        if fault in ("400", "500", "503"):
             start_response(f"{fault} Sorry", [("Content-Length", "0")])
             return []
         if fault == "hang":
@@ -103,8 +104,8 @@ def folders(text_dataset, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_BYTES", 1 << 13)
         for name, compression in (("plain", None), ("zstd", "zstd")):
-            shards.convert([("text.txt", text)], folder / name, from_name("byte"), 64, val_fraction=0.1,
-                           compression=compression)
+            convert.convert(InMemory([("text.txt", text)]), folder / name, from_name("byte"), 64, val_fraction=0.1,
+                            compression=compression)
     assert 8 <= len(list((folder / "plain" / "train").glob("*.mds"))) <= 12
     return folder
 
@@ -220,14 +221,21 @@ def test_a_damaged_cache_is_mended(tmp_path, faults, expected, name, capsys):
 
 
 @pytest.mark.parametrize("name", ["plain", "zstd"])
-def test_shards_are_evicted_and_come_again(tmp_path, folders, faults, expected, name):
-    least = 4 * max(file.stat().st_size for file in (folders / "plain" / "train").glob("*.mds"))
-    limit = least if name == "plain" else 2 * least  # there must be room to unpack, too
-    stream = open_stream(tmp_path, f"s3://good/{name}", f"--data.cache_limit={limit}b")
-    assert torch.equal(read_all(stream), expected)
+def test_shards_are_evicted_and_come_again(tmp_path, folders, faults, name):
+    """The limit is what the order has in use at once; a byte less is refused."""
+    options = ["--data.num_canonical_nodes=1", "--data.shuffle_block_size=320"]
+    whole = open_stream(tmp_path, folders / "plain", *options)
+    steps = whole.splits[0].samples * 2 // 12  # two epochs
+    limit = open_stream(tmp_path, f"s3://good/{name}", *options).splits[0].working_set(0, 1, 1)
+    stream = open_stream(tmp_path, f"s3://good/{name}", *options, f"--data.cache_limit={limit}b")
+    assert torch.equal(read_all(stream, steps), read_all(whole, steps))
     sizes = [file.stat().st_size for file in cached(tmp_path)]
-    assert faults.shards_fetched() > stream.splits[0].dataset.num_shards  # it has happened
+    assert faults.shards_fetched() > stream.splits[0].dataset.num_shards > len(sizes)  # it has happened
     assert sum(sizes) <= limit + 5 * max(sizes)  # what five threads are just fetching comes on top
+    with pytest.raises(UserError, match=f"^data.cache_limit: {limit - 1}b does not hold the shards of s3://good/{name} that "
+                       f"the shuffle has in use at once .* take at least {-(-limit >> 10)}kb, or a data.shuffle_block_size "
+                       "below 320$"):
+        open_stream(tmp_path, f"s3://good/{name}", *options, f"--data.cache_limit={limit - 1}b")
 
 
 def test_a_shard_that_is_evicted_before_it_is_read(tmp_path, folders, faults, monkeypatch):
@@ -260,6 +268,25 @@ def test_shards_without_hashes(tmp_path, folders, own_bucket, expected, capsys):
     os.truncate(cached(tmp_path)[2], 1000)
     assert torch.equal(read_all(open_stream(tmp_path, "s3://own/bare")), expected)
     assert capsys.readouterr().err.count("warning: ") == 1
+
+
+def test_shards_of_llm_foundry(tmp_path, own_bucket, faults):
+    """No dataset.json, no hashes, no val split; and a third of all requests fail."""
+    text = (np.arange(300 * 64, dtype=np.int32) ** 2 % 251).reshape(300, 64)
+    with shards.import_streaming().MDSWriter(columns={"tokens": "ndarray:int32"}, out=str(tmp_path / "theirs" / "train"),
+                                             compression="zstd", size_limit=1 << 13) as out:
+        for row in text:
+            out.write({"tokens": row})
+    own_bucket(tmp_path / "theirs")
+    draw = random.Random(1)
+    faults.rule = lambda method, key, n: draw.choice(("500", "drop", "cut")) if draw.random() < 1 / 3 else None
+    config = make_config(tmp_path, "s3://own/theirs", f"--data.cache_dir={tmp_path}/cache", "--data.tokenizer=byte")
+    stream = TrainStream(config)
+    assert torch.equal(read_all(stream), read_all(open_stream(tmp_path, tmp_path / "theirs", "--data.tokenizer=byte")))
+    assert (stream.splits[0].samples, stream.validation(config)) == (len(text), [])
+    with pytest.raises(UserError, match="^s3://own/theirs/dataset.json: cannot be fetched .*not found.*; copy .*. MDS that "
+                       "other tools wrote, as llm-foundry's, has none: name its tokenizer, as --data.tokenizer gpt2"):
+        open_stream(tmp_path, "s3://own/theirs")
 
 
 # ---- what does not --------------------------------------------------------------------------------------------------
@@ -309,6 +336,8 @@ def test_settings_that_cannot_work(tmp_path, faults, monkeypatch):
     plain, cannot = "s3://good/plain", "cannot be written .*; set data.cache_dir"
     for path, option, said in (
             (plain, "data.cache_limit=20kb", f"data.cache_limit: 20kb does not hold four of the shards of {plain}"),
+            (plain, "data.cache_limit=60kb", f"data.cache_limit: 60kb does not hold the shards of {plain} that .*take at "
+             r"least 8\dkb, or a data.shuffle_block_size below 262144"),
             (plain, "data.cache_limit=lots", "data.cache_limit: 'lots' is no size; write it as 200gb"),
             (plain, f"data.cache_dir={tmp_path}/file/new", f"file/new/.*: {cannot}"),
             (plain, "data.cache_dir=/sys/nanogpt", f"/sys/nanogpt/.*: {cannot}"),
@@ -326,10 +355,11 @@ def test_settings_that_cannot_work(tmp_path, faults, monkeypatch):
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-RUN = ["launch/train.sh", "c.yaml", *SMALL, "--train.max_steps=12", "--train.micro_batch_size=2", "--run.dir=run"]
-RUNS = {  # the command, where the data is, and the share of requests that is answered 503
+RUN = ["launch/train.sh", "c.yaml", *SMALL, "--train.max_steps=24", "--train.micro_batch_size=6", "--run.dir=run",
+       "--train.global_batch_size=48", "--data.num_canonical_nodes=1", "--data.shuffle_block_size=120"]
+RUNS = {  # the command, where the data is, and the share of requests that fail
     "local": ([*TORCHRUN, *RUN], "plain", 0),
-    "shaky": ([*TORCHRUN, *RUN, "--data.cache_limit=64kb"], "s3://good/plain", 1 / 3),  # the shards take 80
+    "shaky": ([*TORCHRUN, *RUN, "--data.cache_limit=40kb"], "s3://good/plain", 1 / 3),  # the shards take 80
     "missing": ([*TORCHRUN, *RUN], "s3://holey/plain", 0),
     "full": ([*OWN_MOUNTS, 'mount -t tmpfs -o size=48k none cache && exec "$@"', "-", "bash", *RUN,
               "--data.cache_dir=cache"], "s3://good/plain", 0),
@@ -345,8 +375,8 @@ def runs(request, buckets, folders, tmp_path_factory):
         command, path, share = RUNS[name]
         address, faults, end = serve()
         servers.append(end)
-        draw = random.Random(0).random
-        faults.rule = lambda method, key, n: "503" if draw() < share else None
+        draw = random.Random(0)
+        faults.rule = lambda method, key, n: draw.choice(("500", "503", "drop", "cut")) if draw.random() < share else None
         here = tmp_path_factory.mktemp(name)
         (here / "cache").mkdir()
         for source in ("launch", "nanogpt"):
@@ -388,7 +418,7 @@ def test_a_full_disk(runs):
 
 @needs("local", "shaky")
 def test_two_ranks_from_a_shaky_server(runs):
-    """A third of all requests fail, and the cache is too small for the dataset: not one loss is another."""
+    """A third of all requests fail, in all ways, and the cache is too small for the dataset: not one loss is another."""
     lines = {}
     for name in ("local", "shaky"):
         status, stderr, _, here = runs[name].result()

@@ -18,7 +18,9 @@ import pytest
 
 from nanogpt import errors
 from nanogpt.errors import UserError
-from nanogpt.shards import convert, import_streaming, load_dataset_card
+from nanogpt import convert as engine
+from nanogpt.documents import InMemory
+from nanogpt.shards import import_streaming, load_dataset_card
 from nanogpt.tokenizer import from_json, from_name
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,11 @@ def read(folder):
 def hashes(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def convert(documents, *arguments, **options):
+    """nanogpt.convert, of a list of (name, text or pair)."""
+    return engine.convert(InMemory(documents), *arguments, **options)
 
 
 def make(out, documents=DOCUMENTS, block_size=16, **options):
@@ -135,7 +142,7 @@ def test_single_document_gives_its_last_part(tmp_path):
 # ---- the same bytes always ------------------------------------------------------------------------------------------
 
 def test_workers_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt.shards.TASK_CHARACTERS", 100)  # many tasks
+    monkeypatch.setattr("nanogpt.documents.CHUNK", 100)  # many tasks
     char = from_name("char", (text for _, text in DOCUMENTS))
     for name, workers in (("one", 1), ("again", 1), ("two", 2)):
         convert(DOCUMENTS, tmp_path / name, char, 16, val_fraction=0.2, workers=workers)
@@ -143,15 +150,17 @@ def test_workers_change_nothing(tmp_path, monkeypatch):
     assert len(hashes(tmp_path / "one")) == 5
     with pytest.raises(UserError, match=r"^doc1: character \d+, "):  # of a worker, as without
         convert(DOCUMENTS, tmp_path / "bad", from_name("char", ["document 0: "]), 16, workers=2)
-    assert sorted(os.listdir(tmp_path)) == ["again", "one", "two"]
+    assert not (tmp_path / "bad").exists()
 
 
 def test_done_already(tmp_path):
     out = tmp_path / "out"
-    source = {"paths": ["here"], "sha256": "1"}
-    card, written = convert(DOCUMENTS, out, BYTE, 16, source=source)
+    inputs = InMemory(DOCUMENTS)
+    inputs.options["paths"] = ["here"]
+    card, written = engine.convert(inputs, out, BYTE, 16)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    again, written_again = convert(DOCUMENTS, out, BYTE, 16, source={**source, "paths": ["elsewhere"]}, workers=2)
+    inputs.options["paths"] = ["elsewhere"]  # for people
+    again, written_again = engine.convert(inputs, out, BYTE, 16, workers=2)
     assert (written, written_again) == (True, False) and again == card
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
@@ -159,12 +168,11 @@ def test_done_already(tmp_path):
 @pytest.mark.parametrize("difference, named", [
     ({"block_size": 8}, "block_size"), ({"stride": 8}, "source.stride"), ({"val_fraction": 0.2}, "source.val_fraction"),
     ({"seed": 1}, "source.seed"), ({"compression": "zstd"}, "source.compression"),
-    ({"source": {"sha256": "2"}}, "source.sha256"),
+    ({"documents": DOCUMENTS[::-1]}, "source.xxh3_128"), ({"shuffle": 1}, "source.shuffle"),
     ({"tokenizer": from_name("char", [text for _, text in DOCUMENTS])}, "tokenizer"),
 ])
 def test_another_dataset_is_in_the_way(tmp_path, difference, named):
-    options = {"documents": DOCUMENTS, "out": tmp_path / "out", "tokenizer": BYTE, "block_size": 16,
-               "source": {"sha256": "1"}}
+    options = {"documents": DOCUMENTS, "out": tmp_path / "out", "tokenizer": BYTE, "block_size": 16}
     convert(**options)
     before = hashes(tmp_path)
     with pytest.raises(UserError, match=rf"another dataset \({named}[,)].*--overwrite"):
@@ -194,71 +202,69 @@ def test_other_folders_are_left_alone(tmp_path):
 
 # ---- nothing half-written -------------------------------------------------------------------------------------------
 
-class Failing:
-    def __len__(self):
-        return 40
-
-    def __iter__(self):
-        yield from DOCUMENTS[:30]
-        raise self.error
-
-
 @pytest.mark.parametrize("error, seen", [(OSError(28, "No space left on device"), UserError),
                                          (KeyboardInterrupt(), None), (RuntimeError("a bug"), None)])
 @pytest.mark.parametrize("there_before", [False, True])
-def test_a_failure_leaves_nothing(tmp_path, error, seen, there_before):
-    documents = Failing()
-    documents.error = error
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch, error, seen, there_before):
     if there_before:
         make(tmp_path / "out")
     before = hashes(tmp_path)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(engine, "_encode", fail)
     with pytest.raises(seen or type(error)):
-        make(tmp_path / "out", documents, overwrite=True)
+        make(tmp_path / "out", overwrite=True)
     assert hashes(tmp_path) == before
     assert os.listdir(tmp_path) == ["out"] * there_before
 
 
 def test_a_failing_rename_keeps_the_old_dataset(tmp_path, monkeypatch):
     make(tmp_path / "out")
-    before, rename = hashes(tmp_path), os.rename
+    before, rename = hashes(tmp_path / "out"), os.rename
 
     def fail(source, target):
-        if target == tmp_path / "out" and "old" not in source.name:
+        if target == tmp_path / "out" and source.name == "dataset":
             raise OSError(5, "Input/output error")
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(UserError, match="Input/output error"):
         make(tmp_path / "out", block_size=8, overwrite=True)
-    assert hashes(tmp_path) == before
+    assert hashes(tmp_path / "out") == before
 
 
 SLOW = """
 import multiprocessing, sys, time
 sys.path.insert(0, sys.argv[1])
+from nanogpt import convert
+from nanogpt.documents import InMemory
 from nanogpt.errors import run
-from nanogpt.shards import convert
 from nanogpt.tokenizer import from_name
 
-class Slow(list):
-    def __iter__(self):
-        for document in list.__iter__(self):
-            yield document
-            if document[0] == sys.argv[3]:
-                print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-                time.sleep(60)
+submit, submitted = convert._submit, []
+
+def slow(pool, task, data):
+    future = submit(pool, task, data)
+    submitted.append(task)
+    if len(submitted) == int(sys.argv[3]):
+        print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+        time.sleep(60)
+    return future
 
 def main():
-    documents = Slow((f"doc{i}", "text " * 400_000) for i in range(6))
-    convert(documents, sys.argv[2], from_name("byte"), 1024, workers=2)
+    convert._submit = slow
+    documents = [(f"doc{i}", "text " * 400_000) for i in range(6)]
+    convert.convert(InMemory(documents), sys.argv[2], from_name("byte"), 1024, workers=2)
 
 if __name__ == "__main__":
     run(main)
 """
 
 
-@pytest.mark.parametrize("end, when", [(signal.SIGINT, "doc2"),  # the workers are still importing
-                                       (signal.SIGKILL, "doc5")])  # they have begun
+@pytest.mark.parametrize("end, when", [(signal.SIGINT, "2"),  # the workers are still importing
+                                       (signal.SIGKILL, "6")])  # they have begun
 def test_killed(tmp_path, end, when):
     script, out = tmp_path / "slow.py", tmp_path / "here" / "out"
     script.write_text(SLOW)
@@ -283,8 +289,8 @@ def test_killed(tmp_path, end, when):
     if end == signal.SIGINT:
         assert status == 130 and said == "" and os.listdir(out.parent) == []
     else:
-        assert len(os.listdir(out.parent)) == 1  # what it had written; nobody takes it for a dataset
-        make(out)
+        assert os.listdir(out.parent) == [".out.partial"]  # what it had written; nobody takes it for a dataset
+        make(out, overwrite=True)
 
 
 def alive(pid):
@@ -446,7 +452,7 @@ def test_run_again(tmp_path, corpus, capsys, monkeypatch):
     assert (done.returncode, done.stderr) == (0, "") and "is there already" in done.stdout
     (corpus / "b.txt").write_text("changed " * 30)
     done = run_tool(*arguments)
-    assert one_line(done.returncode, done.stderr) and "source.sha256" in done.stderr
+    assert one_line(done.returncode, done.stderr) and "source.xxh3_128" in done.stderr
     assert hashes(tmp_path / "out") == before
 
 
@@ -566,5 +572,5 @@ def test_help_is_quick():
     for tool in ("convert_text_to_mds.py", "inspect_mds.py"):
         done = run_tool(tool, "--help")
         assert done.returncode == 0 and "usage:" in done.stdout
-    code = "import sys, nanogpt.shards; assert not {'torch', 'streaming', 'tiktoken'} & set(sys.modules)"
+    code = "import sys, nanogpt.shards, nanogpt.convert; assert not {'torch', 'streaming', 'tiktoken'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -11,7 +11,7 @@ from nanogpt import stream as stream_module
 from nanogpt.config import load_config
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
-from nanogpt.stream import Split, TrainStream
+from nanogpt.stream import Split, TrainStream, tails
 
 
 def make_config(tmp_path, dataset, *options):
@@ -187,6 +187,46 @@ def test_a_mixture_does_not_depend_on_ranks_nor_on_where_one_begins(tmp_path, th
         assert np.array_equal(row, texts[whole.splits.index(split)][start:start + 65])
 
 
+@pytest.mark.parametrize("kind, values, weights", [
+    ("repeat", (0.5, 2, 4), lambda sizes: (0.5 * sizes[0], 2 * sizes[1], 4 * sizes[2])),
+    ("samples", (500, 300, 200), lambda sizes: (500, 300, 200)), (None, (1, 1, 1), lambda sizes: (1, 1, 1))],
+    ids=["repeat", "samples", "paths alone"])
+def test_repeats_and_samples_are_proportions(tmp_path, three, kind, values, weights):
+    """Gone through as often as `repeat` says while one of repeat 1 is gone through once; `samples` of each in a round."""
+    file = tmp_path / "mixed.yaml"
+    given = [f"{{path: {path}, {kind}: {value}}}" if kind else str(path) for path, value in zip(three, values)]
+    file.write_text(f"data: {{train: [{', '.join(given)}]}}\nmodel: {{block_size: 64}}\n"
+                    "train: {max_steps: 100, global_batch_size: 24, micro_batch_size: 2}")
+    stream = TrainStream(load_config([str(file)]))
+    sizes = [split.samples for split in stream.splits]
+    wanted = np.array(weights(sizes))
+    assert stream.proportions == pytest.approx(wanted / wanted.sum())
+    steps = 2731  # a round of the pattern
+    samples = np.concatenate([stream.samples(s) for s in range(steps)])
+    taken = np.bincount(np.searchsorted(stream.first_sample, samples, "right") - 1)
+    assert taken / taken.sum() == pytest.approx(wanted / wanted.sum(), abs=1e-4)
+    if kind == "repeat":
+        passes = taken / sizes
+        assert passes / passes[1] * 2 == pytest.approx(values, rel=2e-3)
+        assert stream.epochs(steps) == pytest.approx(passes, rel=2e-3)
+    same = mixed(tmp_path, three)
+    assert not {key for key in same.differences(stream.identity()) if "proportion" not in key}
+
+
+def test_a_share_that_would_never_come_is_refused(tmp_path, three):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data: {{train: [{{path: {three[0]}, samples: 1000000}}, {{path: {three[2]}, samples: 3}}]}}\n"
+                    "model: {block_size: 64}\ntrain: {max_steps: 1, global_batch_size: 12}")
+    with pytest.raises(UserError, match=f"^data.train: 3e-06 of the samples would come from {three[2]}, and 1.5e-05 is the "):
+        TrainStream(load_config([str(file)]))
+
+
+def test_the_end_of_a_path_tells_datasets_apart():
+    for paths, names in ((["data/owt", "data/code"], ["owt", "code"]), (["a/mds", "b/mds/", "c"], ["a/mds", "b/mds", "c"]),
+                         (["mds", "a/mds"], ["mds", "a/mds"]), (["s3://x/y", "s3://x/y"], ["y", "y"])):
+        assert tails(paths) == names
+
+
 def test_a_mixture_needs_one_tokenizer_and_one_block(tmp_path, three):
     convert(three[1].parent / "b.txt", tmp_path / "char", "--tokenizer", "char")
     with pytest.raises(UserError, match="char: its tokenizer is .* the datasets of a mixture need the same one"):
@@ -194,6 +234,50 @@ def test_a_mixture_needs_one_tokenizer_and_one_block(tmp_path, three):
     convert(three[1].parent / "b.txt", tmp_path / "long", "--block-size", "128")
     with pytest.raises(UserError, match="long: its block_size is 128"):
         mixed(tmp_path, [three[0], tmp_path / "long", three[2]])
+
+
+# ---- how much is in use at once -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options, nodes, machines", [
+    (["--data.shuffle_block_size=80"], 1, 1), (["--data.shuffle_block_size=80"], 6, 3),
+    (["--data.shuffle_block_size=80", "--data.shuffle_algo=py1br"], 6, 2), (["--data.shuffle_algo=naive"], 2, 1),
+    (["--data.shuffle=false"], 6, 2), (["--data.shuffle_block_size=80"], 2, 4)], ids=str)
+def test_the_working_set_is_that_of_the_shards_read(tmp_path, many_shards, options, nodes, machines):
+    """By hand: each machine's reads in an epoch, one after the other, and from when to when each shard is read."""
+    config = make_config(tmp_path, many_shards, f"--data.num_canonical_nodes={nodes}", "--data.tokenizer=byte",
+                         f"--train.global_batch_size={max(nodes, machines)}", "--train.micro_batch_size=1", *options)
+    stream = TrainStream(config)
+    split, sizes = stream.splits[0], [(many_shards / "train" / f"shard.{i:05}.mds").stat().st_size for i in range(12)]
+    steps = split.samples // max(nodes, machines)
+    most = 0
+    for machine in range(machines):
+        reads = np.concatenate([np.split(stream.samples(step), machines)[machine] for step in range(steps)])
+        shards = np.searchsorted(split.shard_ends, reads, "right").tolist()
+        first, last = ({shard: place for place, shard in way} for way in (
+            list(enumerate(shards))[::-1], enumerate(shards)))
+        for place in range(len(shards)):
+            most = max(most, sum(sizes[shard] for shard in first if first[shard] <= place <= last[shard]))
+    found = split.working_set(0, 1, machines)
+    if machines <= nodes:
+        assert found == most
+    else:  # several machines share a node, and each may need any shard of it
+        assert most <= found <= split.working_set(0, 1, 1)
+    # Half of each step, in a mixture: of two machines, one has all of it.
+    assert split.working_set(0, 0.5, 2) == split.working_set(0.5, 1, 1) == split.working_set(0, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def many_shards(text_dataset, tmp_path_factory):
+    """600 samples in 12 shards, as another tool writes them."""
+    from nanogpt.shards import import_streaming
+    folder = tmp_path_factory.mktemp("many") / "mds"
+    text = np.frombuffer((text_dataset.parent / "text.txt").read_bytes(), np.uint8).astype(np.int32)
+    with import_streaming().MDSWriter(columns={"tokens": "ndarray:int32:64"}, out=str(folder / "train"),
+                                      size_limit=14000) as out:
+        for row in text[:600 * 64].reshape(600, 64):
+            out.write({"tokens": row})
+    assert len(list((folder / "train").glob("*.mds"))) == 12
+    return folder
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -1,18 +1,29 @@
-"""Tokenizers: round trips, identity, and refusals. References: plain Python, and tiktoken on a small ranks file."""
+"""Tokenizers: round trips, identity, and refusals. References: plain Python, tiktoken on a small ranks file, tokenizers."""
 
 import base64
 import json
+import os
+import random
 import socket
+import subprocess
+import sys
 import time
+import tracemalloc
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
+from tiktoken_ext import openai_public
 from tiktoken_ext.openai_public import r50k_pat_str
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from nanogpt import tokenizer as module
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import from_json, from_name
+from nanogpt.tokenizer import from_json, from_name, from_tokenizer_json, make, train_bpe
+
+ROOT = Path(__file__).parents[1]
 
 TEXTS = [
     "",
@@ -141,6 +152,226 @@ def test_id_out_of_range(tokenizer, bad):
     for decode in (tokenizer.decode, tokenizer.decode_bytes):
         with pytest.raises(UserError, match=f"id {bad} .*{tokenizer.name}"):
             decode([0, bad])
+
+
+# ---- a long text taken in two ---------------------------------------------------------------------------------------
+
+# As Hugging Face spells them in the tokenizer.json of Llama 3, Qwen 2 and 3, and GPT-4o and its kin.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+          r"\s+(?!\S)|\s+")
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+        r"\s+(?!\S)|\s+")
+GPT4O = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+         r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+ATOMS = ["the", "Größe", "É", "e\u0301", "東京", "हिन्दी", "שלום", "x1", "٣", "12345", "'", "'s", "'LL", "!", "/", "...",
+         "🙂", "_", "、", "。", "，", "\u00a0", "<|endoftext|>", " ", " ", "  ", "\n", "\n", "\r\n", "\t", " \n",
+         "\u2028", "\0"]
+MIXED = "".join(random.Random(0).choices(ATOMS, k=1500))
+
+
+def safe_cuts(text):
+    """Where documents.py may cut: before these, after a letter or digit that always was one, and is one in NFC."""
+    old = unicodedata.ucd_3_2_0.category
+    return [i for i in range(1, len(text)) if text[i] in " \n、。，" and unicodedata.is_normalized("NFC", text[i - 1])
+            and (old(text[i - 1])[0] == "L" or old(text[i - 1]) == "Nd")]
+
+
+def cuts_in_two(tokenizer, text=MIXED):
+    """Whether the ids of a text are those of its two parts, at every safe cut."""
+    ids = tokenizer.encode(text).tolist()
+    assert ids and tokenizer.encode(text).dtype == tokenizer.dtype
+    return all(tokenizer.encode(text[:i]).tolist() + tokenizer.encode(text[i:]).tolist() == ids for i in safe_cuts(text))
+
+
+def trained_json(*before, normalizer=None, added=(), **byte_level):
+    """A JSONTokenizer of the tokenizers library itself: trained on MIXED, so that it merges whatever is not cut."""
+    encoder = Tokenizer(models.BPE())
+    encoder.normalizer = normalizer
+    byte_level = pre_tokenizers.ByteLevel(**{"add_prefix_space": False, "use_regex": not before, **byte_level})
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level]) if before else byte_level
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    encoder.train_from_iterator([MIXED], trainer)
+    encoder.add_tokens(list(added))
+    return from_tokenizer_json(encoder.to_str(), "x", "x")
+
+
+def split_by(pattern):
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def published(monkeypatch, name):
+    """A published encoding's pattern, with a vocabulary that joins what it does not cut."""
+    ranks = trained_json().pieces[:1000]
+    ranks = sorted(filter(None, ranks), key=len) + [b".\n", b"a ", b"e ", b"1 ", b"s\n", b"\n ", b" \n", b"/\n"]
+    ranks = {piece: i for i, piece in enumerate(dict.fromkeys(ranks))}
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: ranks)
+    pattern = getattr(openai_public, name)()["pat_str"]
+    special = {"<|endoftext|>": len(ranks)}
+    return module.BPETokenizer(name, tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+
+@pytest.mark.parametrize("name", ["byte", "char", "bpe-350", *openai_public.ENCODING_CONSTRUCTORS])
+def test_a_long_text_can_be_taken_in_two(monkeypatch, name):
+    tokenizer = published(monkeypatch, name) if name in openai_public.ENCODING_CONSTRUCTORS else make(name, [MIXED])
+    assert tokenizer.cuttable and len(safe_cuts(MIXED)) > 100 and cuts_in_two(tokenizer)
+
+
+@pytest.mark.parametrize("arguments", [
+    {}, {"before": LLAMA3}, {"before": QWEN, "normalizer": normalizers.NFC()}, {"before": GPT4O}, {"trim_offsets": False},
+    {"added": [AddedToken("<think>", special=False)]},
+], ids=["gpt2", "llama3", "qwen", "gpt4o", "gpt2 otherwise", "added"])
+def test_a_known_tokenizer_json_too(arguments):
+    arguments = dict(arguments)
+    before = [split_by(arguments.pop("before"))] if "before" in arguments else []
+    tokenizer = trained_json(*before, **arguments)
+    assert tokenizer.cuttable and cuts_in_two(tokenizer)
+    again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+    assert again.cuttable and again.fingerprint == tokenizer.fingerprint
+
+
+def test_exported_encodings_too(monkeypatch):
+    from nanogpt.hf_tokenizer import _byte_level
+    for name in ("cl100k_base", "o200k_base"):
+        exported = _byte_level({character: i for character, i in module.byte_table().items()}, [], [],
+                               published(monkeypatch, name).pattern)
+        assert from_tokenizer_json(exported.to_str(), "x", "x").cuttable
+
+
+@pytest.mark.parametrize("arguments, harmful", [
+    ({"before": [split_by(r"\p{L}+\s?|.")]}, True),
+    ({"before": [split_by(r"\S+\s*|\s+")]}, True),
+    ({"use_regex": False}, True),
+    ({"added": [AddedToken("the <", special=False)]}, True),
+    ({"added": [AddedToken("东"), AddedToken("東京", special=False, rstrip=True)]}, True),
+    ({"before": [pre_tokenizers.Digits(individual_digits=True)], "use_regex": True}, False),  # nobody has thought it over
+    ({"normalizer": normalizers.Sequence([normalizers.NFC()])}, False),
+], ids=["letters and blank", "words and blanks", "uncut", "added with blank", "added strips", "digits", "normalizers"])
+def test_others_are_not_taken_in_two(arguments, harmful):
+    arguments = dict(arguments)
+    tokenizer = trained_json(*arguments.pop("before", ()), **arguments)
+    assert not tokenizer.cuttable
+    assert not (harmful and cuts_in_two(tokenizer, MIXED + "the < the <" * 9 + "東京 \n東京  "))
+
+
+def test_an_unknown_pattern_of_tiktoken_is_not():
+    special = {"<|endoftext|>": len(RANKS) + 1}
+    ranks = RANKS | {b"the ": len(RANKS)}
+    encoding = tiktoken.Encoding("x", pat_str=r"\S+\s?|\s", mergeable_ranks=ranks, special_tokens=special)
+    tokenizer = module.BPETokenizer("x", encoding)
+    assert not tokenizer.cuttable and not cuts_in_two(tokenizer, "the the the")
+
+
+def test_no_python_integer_a_token(ranks_file):
+    tokenizer, text = from_name(ranks_file), "the cat in the hat " * 20_000
+    tracemalloc.start()
+    try:
+        ids = tokenizer.encode(text)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ids.flags.writeable and peak < 8 * len(ids)  # 4 bytes as they come, 2 as they go; a list: 8, and 28 each
+
+
+# ---- a vocabulary of one's own --------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def corpus():
+    """(texts to learn from, a text that is held out)"""
+    files = sorted((ROOT / "nanogpt").glob("*.py"))[:12]
+    texts = [file.read_text(encoding="utf-8") for file in files] + [MIXED, " \n" * 999]
+    return texts, (ROOT / "tests" / "test_generate.py").read_text(encoding="utf-8") + "".join(TEXTS) + MIXED[::-1]
+
+
+def test_trained_ids_are_those_of_the_tokenizers_library(corpus, tmp_path):
+    texts, held_out = corpus
+    ours = train_bpe(iter(texts), 1500)
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1499, min_frequency=2, initial_alphabet=alphabet,
+                                                          show_progress=False))
+    merges = json.loads(theirs.to_str())["model"]["merges"]
+    assert len(merges) == 1499 - 256
+    table = module.byte_table()
+    in_order = [bytes([i]) for i in range(256)] + [bytes(table[c] for c in a + b) for a, b in merges]
+    assert ours.pieces == [*in_order, b""]
+    assert (ours.name, ours.vocab_size, ours.eot, ours.dtype) == ("bpe-1500", 1500, 1499, np.uint16)
+    for text in (*texts, held_out):
+        tokens = [bytes(table[c] for c in token) for token in theirs.encode(text).tokens]
+        assert [ours.pieces[i] for i in ours.encode(text)] == tokens
+    assert len(ours.encode(held_out)) < 0.6 * len(held_out.encode())
+
+    (tmp_path / "mine.tiktoken").write_bytes(ours.ranks_file())
+    of_file = from_name(str(tmp_path / "mine.tiktoken"))
+    assert (of_file.name, of_file.fingerprint) == ("mine", ours.fingerprint)
+    assert from_json(json.loads(json.dumps(ours.to_json()))).to_json() == ours.to_json()
+    assert make("bpe-1500", texts).fingerprint == ours.fingerprint
+    assert make("char", texts).fingerprint == from_name("char", texts).fingerprint and make("byte").name == "byte"
+
+
+@pytest.mark.parametrize("alphabet", ["ab", "aaab ", "ab1 é\n"])
+def test_trained_ids_on_runs_and_ties(alphabet):
+    """Text in which the same letters can be joined in many ways: where tiktoken, which keeps no merges, might go astray."""
+    choose = random.Random(len(alphabet))
+    texts = ["".join(choose.choices(alphabet, k=3000)) for _ in range(2)]
+    ours, theirs = train_bpe(texts[:1], 320), Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.train_from_iterator(texts[:1], trainers.BpeTrainer(vocab_size=319, show_progress=False, min_frequency=2,
+                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    table = module.byte_table()
+    for text in (*texts, *(texts[1][i:i + 40] for i in range(0, 2900, 7))):
+        tokens = [bytes(table[c] for c in token) for token in theirs.encode(text).tokens]
+        assert [ours.pieces[i] for i in ours.encode(text)] == tokens
+
+
+def test_training_is_the_same_in_any_process(corpus, monkeypatch):
+    texts, _ = corpus
+    code = "import sys; from nanogpt.tokenizer import train_bpe; from pathlib import Path\n" \
+           "texts = [Path(name).read_text(encoding='utf-8') for name in sys.argv[1:]]\n" \
+           "print(train_bpe(texts, 700).fingerprint)"
+    names = [str(file) for file in sorted((ROOT / "nanogpt").glob("*.py"))[:12]]
+    found = [subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True,
+                            env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads})
+             for threads in ("1", "3")]
+    assert found[0].stdout == found[1].stdout and len(found[0].stdout) == 65
+    assert {done.stderr for done in found} == {""}  # no bar where there is no terminal
+    assert train_bpe(texts[:12], 700).fingerprint == found[0].stdout.strip()
+    monkeypatch.setattr(module, "TRAINED_PIECE", 100)  # what it is given at a time changes nothing
+    assert train_bpe(["\n".join(texts[:12])], 700).fingerprint == train_bpe(texts[:12], 700).fingerprint
+
+
+def test_the_trainer_gets_a_text_in_pieces(monkeypatch):
+    monkeypatch.setattr(module, "TRAINED_PIECE", 100)
+    for text in (MIXED, "", "a" * 1234, "a " * 600, " " * 500 + "a\n" * 300):
+        pieces = list(module._pieces([text]))
+        assert "".join(pieces) == text and all(0 < len(piece) <= 200 for piece in pieces)
+    assert next(module._pieces(["a " * 75 + "b" * 60])) == "a " * 50 + "a"  # between words
+
+
+@pytest.mark.parametrize("texts, size, message", [
+    (["ab ab abc"], 1000, "too small for a vocabulary of 1000 ids: it gives 259.*take bpe-259 or less"),
+    ([], 258, "too small for a vocabulary of 258 ids: it gives 257"),
+    (["ab ab"], 256, "256 ids is out of range; take 257"),
+    (["ab ab"], 10**12, "out of range"),
+    (["fine", "ab\ud800"], 300, r"character 2 .*U\+D800"),
+])
+def test_no_vocabulary(texts, size, message):
+    with pytest.raises(UserError, match=message) as error:
+        train_bpe(texts, size)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_texts_raise_is_passed_on():
+    def texts():
+        yield "ab " * 1000
+        raise UserError("b.txt: is not UTF-8")
+    with pytest.raises(UserError, match="b.txt: is not UTF-8"):
+        train_bpe(texts(), 258)
+    assert train_bpe(["ab ab"], 258).encode(" ab").tolist() == [32, 256]
+    assert train_bpe([], 257).vocab_size == 257
 
 
 # ---- identity -------------------------------------------------------------------------------------------------------

@@ -191,7 +191,8 @@ def read_bin(path: Path):
 
 def convert_data(folder: Path, out: Path, block_size: int, stride: int | None, compression: str | None, overwrite: bool):
     """Makes the dataset folder `out` of train.bin, val.bin and, where there is one, meta.pkl."""
-    from nanogpt.shards import convert_tokens, file_hash
+    from nanogpt.convert import convert_tokens
+    from nanogpt.shards import file_hash
     from nanogpt.tokenizer import from_name
     splits = {name: read_bin(folder / f"{name}.bin") for name in ("train", "val")}
     meta = folder / "meta.pkl"

@@ -122,7 +122,9 @@ def open_splits(args, text) -> list:
                         "tokenizer, or another --task")
     config.data.cache_dir = args.cache_dir or config.data.cache_dir
     try:
-        return [Split(config, args.split, path) for path in args.data or [source.path for source in config.data.sources]]
+        folders = [(args.split, path) for path in args.data or ()]
+        folders = folders or [({"train": s.split, "val": s.val_split}[args.split], s.path) for s in config.data.sources]
+        return [Split(config, name, path) for name, path in folders]
     except UserError as error:
         raise UserError(str(error).replace("model.block_size", "--block-size")) from None
 

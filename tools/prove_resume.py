@@ -68,7 +68,7 @@ def rank(folder: Path, argv: list[str]):
 
     def record(model, args):
         if model.training:  # one write, which a kill leaves whole: step, rows, and a hash of each row's tokens
-            idx, targets = (t.cpu().numpy() for t in args)
+            idx, targets = (t.cpu().numpy() for t in args[:2])
             hashes = [xxhash.xxh64(x.astype("<i8").tobytes() + y[-1:].astype("<i8").tobytes()).intdigest()
                       for x, y in zip(idx, targets)]
             os.write(seen, struct.pack(f"<II{len(hashes)}Q", step, len(hashes), *hashes))

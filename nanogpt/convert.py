@@ -1,0 +1,557 @@
+"""Documents -> a dataset folder, as fast as they can be tokenized, whatever kills it on the way.
+
+The input is cut into tasks that are fixed by the input alone (documents.py). Workers read and tokenize them; this process
+takes their tokens in order, and appends them to the shards (shards.py). So neither the number of workers nor an
+interruption can change a byte. Every few seconds the state is noted: the number of tasks that are done, and how far the
+shards are good. A killed conversion goes on from there.
+
+    .NAME.partial/            beside the folder to be, and renamed into its place at the end
+        plan.json, source/    options, tokenizer, tasks: the same command goes on only with the same ones
+        state.json            how far it is
+        dataset/              train/, val/, at last dataset.json
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt.documents import Inputs, Source, Task
+from nanogpt.errors import UserError
+from nanogpt.shards import FORMAT, PAIRS, PairWriter, SplitWriter, check_options, load_dataset_card
+from nanogpt.tokenizer import Tokenizer, from_json, make
+
+NOTE_S = 2     # seconds between two notes of the state
+GROUP = 32     # tasks whose documents are shuffled among each other
+PIECE = 1 << 20  # ids that are held at a time, of those that are there already
+RANKS = "tokenizer.tiktoken"
+
+
+class BadText(UserError):
+    """A document that cannot be converted: with these options there is nothing to go on to."""
+
+
+class WorkerLost(UserError):
+    pass
+
+
+def convert(inputs: Inputs, out, tokenizer: Tokenizer | str, block_size: int, *, stride: int | None = None,
+            val_fraction: float = 0.01, seed: int = 2357, workers: int = 1, compression: str | None = None,
+            overwrite: bool = False, skip_long: bool = False, shuffle: int | None = None,
+            like_nanogpt: bool = False) -> tuple[dict, bool]:
+    """Writes the dataset folder, or URL, `out` from the documents of `inputs`.
+
+    tokenizer      one, or what is to be made of the text: "char", "bpe-4096"
+    stride         tokens from one training sample to the next; block_size if None
+    val_fraction   share of the documents, or of the characters of a single one, for validation; 0: no such split
+    seed           chooses the validation documents
+    workers        processes that tokenize; the result does not depend on it
+    compression    "zstd" or None
+    overwrite      replace a dataset that is there, or an unfinished one with other options
+    skip_long      leave out and count the pairs that are longer than a sample, instead of a UserError
+    shuffle        seed of the order of the documents; None: that of the input
+    like_nanogpt   draw the validation documents as the datasets library does in nanoGPT's prepare.py
+
+    Returns (card, written): what dataset.json says, and False when `out` already held just this.
+    UserError: a bad option, text that is too short or cannot be encoded, a folder in the way, or no way to write.
+    """
+    check_options(block_size, stride, val_fraction, seed, workers, inputs.pairs)
+    if inputs.pairs and not isinstance(tokenizer, str) and tokenizer.eot is None:
+        raise UserError(f"--tokenizer: {tokenizer.name} has no end-of-text, by which a model tells that a completion is over")
+    stride = block_size + 1 if inputs.pairs else stride or block_size  # samples of pairs have nothing in common
+    card = {"format": FORMAT, "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer.to_json(),
+            "block_size": block_size, "splits": {}, "left_out": {},
+            "source": {**inputs.options, "stride": stride, "seed": seed, "val_fraction": val_fraction,
+                       "compression": compression, "skip_long": skip_long, "shuffle": shuffle,
+                       "like_nanogpt": like_nanogpt}}
+    card["dtype"] = PAIRS if inputs.pairs else "" if isinstance(tokenizer, str) else tokenizer.dtype.name  # "": not known yet
+    scanned = []
+
+    def scan() -> Source:
+        if not scanned:
+            scanned.append(inputs.scan(val_fraction, True if isinstance(tokenizer, str) else tokenizer.cuttable))
+        return scanned[0]
+
+    with _Place(out) as place:
+        if there := place.already_there(card, inputs, scan, overwrite):
+            return there, False
+        job = _Job(place, card, inputs, scan, tokenizer, overwrite)
+        job.run(workers)
+        place.publish(job.card)
+    return job.card, True
+
+
+def convert_tokens(splits: dict[str, np.ndarray], out, tokenizer: Tokenizer, block_size: int, *, stride: int | None = None,
+                   compression: str | None = None, overwrite: bool = False, source: dict | None = None) -> tuple[dict, bool]:
+    """As `convert`, but from {"train": ids (n,), "val": ids (n,)} as they are, with whatever ends documents in them.
+
+    UserError, beside those of `convert`: an id that the tokenizer does not have.
+    """
+    check_options(block_size, stride, val_fraction=0, seed=0, workers=1)
+    card = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "block_size": block_size, "dtype": tokenizer.dtype.name,
+            "splits": {}, "source": {**(source or {}), "stride": stride or block_size, "compression": compression}}
+    with _Place(out) as place:
+        if there := place.already_there(card, None, None, overwrite):
+            return there, False
+        place.clear()
+        _write_tokens(splits, place.dataset, tokenizer, card)
+        place.publish(card)
+    return card, True
+
+
+def _write_tokens(splits: dict[str, np.ndarray], folder: Path, tokenizer: Tokenizer, card: dict):
+    """Writes folder/train and folder/val from the ids of `splits`, and puts their counts into card["splits"]."""
+    from tqdm import tqdm
+
+    block_size, token_bytes = card["block_size"], tokenizer.token_bytes()
+    with tqdm(total=sum(map(len, splits.values())), unit=" tokens", unit_scale=True, disable=None) as bar:
+        for name, ids in splits.items():
+            if len(ids) <= block_size:
+                raise UserError(f"the {name} split has {len(ids)} tokens, and a sample takes block_size + 1 = "
+                                f"{block_size + 1}; take a smaller --block-size")
+            split = SplitWriter(folder / name, card, card["source"]["stride"] if name == "train" else block_size)
+            for start in range(0, len(ids), PIECE):
+                piece = np.array(ids[start:start + PIECE])
+                counts = np.bincount(piece, minlength=tokenizer.vocab_size)
+                if len(counts) > tokenizer.vocab_size:
+                    raise UserError(f"the {name} split holds id {len(counts) - 1}, and {tokenizer.name} ends at "
+                                    f"{tokenizer.vocab_size - 1}; take the tokenizer that made the ids")
+                ends = int(counts[tokenizer.eot]) if tokenizer.eot is not None else 0
+                split.add(piece.astype(tokenizer.dtype), None, ends, int(counts @ token_bytes))
+                bar.update(len(piece))
+            split.documents += int(ids[-1] != tokenizer.eot)  # the last one, without its end
+            card["splits"][name] = split.finish()
+
+
+# ---- where it is written --------------------------------------------------------------------------------------------
+
+class _Place:
+    """The folder or URL of a dataset, and the partial folder beside it (for a URL: here) in which it is made."""
+
+    def __init__(self, out):
+        self.url = str(out).rstrip("/") if "://" in str(out) else None
+        if self.url:
+            digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
+            self.partial = Path.cwd() / f".{self.url.rsplit('/', 1)[-1]}-{digest}.partial"
+        else:
+            self.out = Path(out).resolve()
+            self.partial = self.out.parent / f".{self.out.name}.partial"
+        self.name, self.dataset = self.url or self.out, self.partial / "dataset"
+        self.made = False
+
+    def __enter__(self) -> "_Place":
+        return self
+
+    def __exit__(self, kind, error, _):
+        if not self.made:
+            return
+        if isinstance(error, BadText) or not (self.partial / "state.json").exists():  # nothing is done yet
+            shutil.rmtree(self.partial, ignore_errors=True)
+        elif error and not isinstance(error, UserError):
+            print(f"note: what is done is kept in {self.partial}; the same command goes on from there", file=sys.stderr)
+        self.lock.release()
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or self.name}: cannot be written ({error.strerror or error}); make room, or take "
+                            "another --out") from error
+
+    # ---- what is there already
+
+    def already_there(self, card: dict, inputs: Inputs | None, scan, overwrite: bool) -> dict | None:
+        """The card of what is there, if it is what `card` asks for; None: it may be written. UserError: it is in the way."""
+        if self.url:
+            old, written = self._remote_card(), math.inf  # nothing is known of when the upload was
+            if old and overwrite:
+                raise UserError(f"{self.url}: holds a dataset, and --overwrite is for folders; remove it, or take another --out")
+        else:
+            old, written = self._local_card(overwrite)
+        if old is None or overwrite:
+            return None
+        wanted = card["tokenizer"]
+        same = {"block_size": old["block_size"] == card["block_size"],
+                "tokenizer": old["tokenizer"]["name"] == wanted if isinstance(wanted, str) else old["tokenizer"] == wanted}
+        if card["dtype"]:
+            same["dtype"] = old["dtype"] == card["dtype"]
+        same |= {f"source.{key}": old["source"].get(key) == value for key, value in card["source"].items() if key != "paths"}
+        if inputs and all(same.values()):
+            unchanged = old["source"].get("bytes") == inputs.bytes and old["source"].get("files") == len(inputs.files)
+            if not (unchanged and inputs.newest < written):
+                same |= {f"source.{key}": old["source"].get(key) == value for key, value in scan().identity.items()
+                         if key != "paths"}
+        if differs := [key for key, good in same.items() if not good]:
+            raise UserError(f"{self.name}: holds another dataset ({', '.join(differs)}); take another --out"
+                            + (" or --overwrite" if not self.url else ""))
+        return old
+
+    def _local_card(self, overwrite: bool) -> tuple[dict | None, float]:
+        """(card, when it was written) of a dataset folder; (None, 0): there is none. UserError: something else is there."""
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return None, 0
+        names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+        if "dataset.json" not in names or names - {"train", "val", "dataset.json", RANKS}:  # --overwrite removes no others
+            raise UserError(f"{self.out}: exists and is not a dataset folder; take another --out")
+        return (None, 0) if overwrite else (load_dataset_card(self.out), (self.out / "dataset.json").stat().st_mtime)
+
+    def _remote_card(self) -> dict | None:
+        from nanogpt.upload import fetch
+        there = self._scratch() / "there"
+        return load_dataset_card(there) if fetch(f"{self.url}/dataset.json", there / "dataset.json") else None
+
+    # ---- making it
+
+    def _scratch(self) -> Path:
+        """The partial folder, which is no other process's from here on."""
+        if not self.made:
+            import filelock
+            try:
+                self.partial.mkdir(parents=True, exist_ok=True)
+                self.lock = filelock.FileLock(self.partial / "lock")
+                self.lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise UserError(f"{self.name}: another conversion writes it; wait for its end, or take another --out") from None
+            except OSError as error:
+                raise UserError(f"{self.name}: cannot be written ({error.strerror or error}); take another --out") from None
+            self.made = True
+        return self.partial
+
+    def clear(self):
+        """Throws away what an earlier conversion left."""
+        for path in self._scratch().iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.dataset.mkdir()
+
+    def note(self, name: str, value: dict):
+        """Puts JSON into a file of the partial folder, whole or not at all."""
+        aside = self.partial / f"{name}.new"
+        with open(aside, "w") as file:
+            json.dump(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, self.partial / name)
+
+    def read(self, name: str) -> dict | None:
+        try:
+            return json.loads((self.partial / name).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def publish(self, card: dict):
+        """dataset.json is written, and all is put into its place."""
+        file = self.dataset / "dataset.json"
+        file.write_text(json.dumps(card, indent=1) + "\n")
+        if self.url:
+            self._upload([path for path in self.dataset.rglob("*") if path.is_file() and path != file])
+            self._upload([file])
+        else:
+            aside = self.partial / "old"
+            if self.out.exists():
+                os.rename(self.out, aside)
+            try:
+                os.rename(self.dataset, self.out)
+            except BaseException:
+                if aside.exists():
+                    os.rename(aside, self.out)
+                raise
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.made = False
+        self.lock.release()
+
+    def upload_shards(self, names: list[str]):
+        """The complete shards that a state has noted go up, and are gone here. What is not here any more is there."""
+        if self.url:
+            self._upload([path for name in names if (path := self.dataset / name).exists()])
+
+    def _upload(self, paths: list[Path]):
+        from nanogpt.upload import upload
+        if paths:
+            upload(paths, self.dataset, self.url)
+
+
+# ---- doing it -------------------------------------------------------------------------------------------------------
+
+class _Job:
+    """One conversion, from its plan to the last shard."""
+
+    def __init__(self, place: _Place, card: dict, inputs: Inputs, scan, tokenizer: Tokenizer | str, overwrite: bool):
+        """Takes up what an earlier process left, or makes a plan. UserError: it left something else."""
+        self.place = place
+        plan = place._scratch() and place.read("plan.json")
+        state = place.read("state.json") if plan else None
+        asked = {**card, "files": len(inputs.files), "bytes": inputs.bytes}
+        if plan and not (differs := differences(plan["asked"], asked)):
+            self.source = Source.load(place.partial / "source")
+            if changed := self.source.changed():
+                differs = [changed]
+        if plan and differs and state and not overwrite:
+            raise UserError(f"{place.partial}: is a conversion that is not finished, and was begun with others ({', '.join(differs)}); "
+                            "go on with those, remove it, or begin anew with --overwrite")
+        if not plan or differs:
+            place.clear()
+            self.source, state = scan(), None
+            if card["source"]["val_fraction"] and self.source.documents == 1 and not self.source.single:
+                raise UserError(f"--val-fraction: a single {'pair' if inputs.pairs else 'document'} is not cut in two; give more of "
+                                "them, or --val-fraction 0")
+            (place.partial / "source").mkdir()
+            self.source.save(place.partial / "source")
+            if isinstance(tokenizer, str):
+                tokenizer = make(tokenizer, self.source.texts())
+            plan = dict(asked=asked, tokenizer=tokenizer.to_json())
+            place.note("plan.json", plan)
+        self.tokenizer = from_json(plan["tokenizer"])
+        self.card = {**card, "tokenizer": plan["tokenizer"], "dtype": PAIRS if inputs.pairs else self.tokenizer.dtype.name,
+                     "source": {**card["source"], **self.source.identity}}
+        asked, self.state = card["source"], state or dict(done=0, splits={}, left_out={})
+        self.val = validation(self.source.documents, asked["val_fraction"], asked["seed"], asked["like_nanogpt"],
+                              self.source.single)
+        self.order, self.flush = arranged(self.source.tasks, asked["shuffle"])
+        if asked["shuffle"] is not None and not self.source.seekable:
+            raise UserError("--shuffle-documents: reads here and there, which compressed files do not allow; unpack them first")
+
+    def run(self, workers: int):
+        """Writes the shards, and what there is to tell of them into the card."""
+        card, state = self.card, self.state
+        strides = {"train": card["source"]["stride"]} | ({"val": card["block_size"]} if len(self.val) else {})
+        self.writers = {name: PairWriter(self.place.dataset / name, card, state["splits"].get(name)) if card["dtype"] == PAIRS
+                        else SplitWriter(self.place.dataset / name, card, stride, state["splits"].get(name))
+                        for name, stride in strides.items()}
+        try:
+            self._write(workers)
+        except BadText:
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if self.state["done"] or self.done:
+                    self._note()
+            raise
+        if changed := self.source.changed():
+            raise UserError(f"{changed}: has changed while it was converted; remove {self.place.partial}, and run this again")
+        try:
+            for name, writer in self.writers.items():
+                card["splits"][name] = writer.finish()
+        except UserError as error:  # too little of it
+            raise BadText(str(error)) from None
+        card["left_out"] = self.state["left_out"]
+        if "ranks" in card["tokenizer"] and isinstance(self.place.read("plan.json")["asked"]["tokenizer"], str):
+            (self.place.dataset / RANKS).write_bytes(self.tokenizer.ranks_file())
+
+    def _write(self, workers: int):
+        from tqdm import tqdm
+
+        self.done, waiting = self.state["done"], []
+        began = noted = time.monotonic()
+        before = sum(writer.tokens for writer in self.writers.values())
+        left_out = self.state["left_out"]
+        bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}, {remaining} left]"
+        with tqdm(total=len(self.order), initial=self.done, bar_format=bar_format, disable=None) as bar:
+            told = time.monotonic()
+            results = _results(self.source, self.order[self.done:], self.tokenizer, self.val, self.card, workers)
+            for position, result in enumerate(_told(results), self.done):
+                waiting.append(result)
+                for why, n in result.left_out.items():
+                    left_out[why] = left_out.get(why, 0) + n
+                bar.update()
+                if not self.flush[position]:
+                    continue
+                for name, writer in self.writers.items():
+                    parts = [result.splits[name] for result in waiting if name in result.splits]
+                    if parts:
+                        writer.add(*self._in_order(parts, position))
+                waiting, self.done = [], position + 1
+                now = time.monotonic()
+                tokens = sum(writer.tokens for writer in self.writers.values())
+                documents = sum(writer.documents for writer in self.writers.values())
+                said = f"{documents:,} documents, {tokens:,} tokens, {(tokens - before) / (now - began):,.0f} tokens/s"
+                bar.set_description_str(said, refresh=False)
+                if bar.disable and now > told + 60:  # into a log, now and then
+                    left = (now - began) / max(1, self.done - bar.initial) * (len(self.order) - self.done)
+                    print(f"{self.done / len(self.order):.0%}  {said}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+                    told = now
+                if now > noted + NOTE_S:
+                    self._note()
+                    noted = time.monotonic()
+        self._note()
+
+    def _in_order(self, parts: list[tuple], position: int) -> tuple:
+        """(ids, lengths, documents, bytes) of all parts; with a shuffle, the documents of the group in another order."""
+        ids, lengths = (np.concatenate(column) for column in list(zip(*parts))[:2])
+        shuffle = self.card["source"]["shuffle"]
+        if shuffle is not None and len(lengths) > 1:  # RandomState: numpy promises that it will draw the same for ever
+            documents = np.split(ids, np.cumsum(lengths)[:-1])
+            order = np.random.RandomState([shuffle % 2**32, position]).permutation(len(lengths))
+            ids, lengths = np.concatenate([documents[i] for i in order]), lengths[order]
+        return ids, lengths, sum(part[2] for part in parts), sum(part[3] for part in parts)
+
+    def _note(self):
+        """Notes down how far it is; complete shards of a URL go up."""
+        self.state |= dict(done=self.done, splits={name: writer.state() for name, writer in self.writers.items()})
+        self.place.note("state.json", self.state)
+        for name, writer in self.writers.items():
+            writer.shards.forget()
+            files = [shard["zip_data"] or shard["raw_data"] for shard in writer.shards.shards]
+            self.place.upload_shards([f"{name}/{file['basename']}" for file in files])
+
+
+def differences(was: dict, now: dict, where: str = "") -> list[str]:
+    """The keys, "source.seed", under which two cards differ."""
+    found = []
+    for key in was | now:
+        if isinstance(was.get(key), dict) and isinstance(now.get(key), dict) and key != "tokenizer":
+            found += differences(was[key], now[key], f"{where}{key}.")
+        elif was.get(key) != now.get(key) and key != "paths":
+            found.append(f"{where}{key}")
+    return found
+
+
+def validation(documents: int, val_fraction: float, seed: int, like_nanogpt: bool, single: bool) -> np.ndarray:
+    """The numbers of the validation documents, sorted: (n,) int64.
+
+    like_nanogpt: those of datasets' train_test_split, by which nanoGPT's prepare.py splits OpenWebText.
+    """
+    if not val_fraction:
+        return np.empty(0, np.int64)
+    if single:
+        return np.array([1])
+    generator = np.random.default_rng(seed)
+    if like_nanogpt:
+        return np.sort(generator.permutation(documents)[:math.ceil(val_fraction * documents)])
+    n_val = min(max(1, round(documents * val_fraction)), documents - 1)
+    return np.sort(generator.choice(documents, n_val, replace=False))
+
+
+def arranged(tasks: np.ndarray, shuffle: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(order of the tasks (n,), where the documents so far may be written (n,) bool).
+
+    With a shuffle whole groups of tasks from all over the input are written together, so that their documents can change
+    places. The tasks of a long document stay together, and are no group with others.
+    """
+    n = len(tasks)
+    if shuffle is None:
+        return np.arange(n), np.ones(n, bool)
+    starts = np.flatnonzero(tasks[:, Task._fields.index("begins")])  # units of one task, or all those of a long document
+    units = np.split(np.arange(n), starts[1:])
+    order, flush = [], []
+    waiting = 0
+    for i in np.random.RandomState([shuffle % 2**32, n]).permutation(len(units)):
+        unit = units[i]
+        if len(unit) > 1 and waiting:
+            flush[-1], waiting = True, 0
+        order.append(unit)
+        waiting = 0 if len(unit) > 1 else (waiting + 1) % GROUP
+        flush += [not waiting] * len(unit)
+    flush[-1:] = [True] * min(1, n)
+    return np.concatenate([*order, np.empty(0, np.int64)]), np.array(flush, bool)
+
+
+# ---- tokenizing, in this process or in several ----------------------------------------------------------------------
+
+class Result:
+    """What a task comes to. splits: {"train": (ids (n,), lengths of documents or pieces (d,), documents that end, bytes)}"""
+
+    def __init__(self):
+        self.splits, self.left_out = {}, {}
+
+
+def _results(source: Source, order: np.ndarray, tokenizer: Tokenizer, val: np.ndarray, card: dict, workers: int):
+    """Yields the Result of each task in order, at most a few tasks ahead of the reader."""
+    job = (source, tokenizer, val, card["block_size"] + 1, card["source"]["skip_long"])
+    if workers == 1 or len(order) < 2:
+        for task, data in source.feed(order):
+            yield _encode(*job, task, data)
+        return
+    # spawn, since a forked copy of a process with threads can hang.
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(order)), spawn, _start_worker, (source, tokenizer.to_json(), *job[2:]))
+    try:
+        waiting = deque()
+        for task, data in source.feed(order):
+            waiting.append(_submit(pool, task, data))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise WorkerLost("a worker process was killed, perhaps for memory; the same command goes on, with fewer --workers too") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _told(results):
+    try:
+        yield from results
+    except WorkerLost:
+        raise
+    except UserError as error:
+        raise BadText(str(error)) from None
+
+
+def _submit(pool, task, data):
+    """Workers are started here, on demand, and inherit the mask: Ctrl-C is for this process alone."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode_task, task, data)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _start_worker(source, tokenizer_json, *rest):
+    global _job
+    # A parent that is killed cannot end its workers, and they would wait for it for ever.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    _job = source, from_json(tokenizer_json), *rest
+
+
+def _encode_task(task, data):
+    return _encode(*_job, task, data)
+
+
+def _encode(source: Source, tokenizer: Tokenizer, val: np.ndarray, size: int, skip_long: bool, task: Task, data) -> Result:
+    """Tokenizes the documents of a task. UserError names the one that cannot be."""
+    bos = np.array([] if tokenizer.bos is None else [tokenizer.bos], tokenizer.dtype)
+    eot = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
+    result, parts = Result(), {}
+    first, last = np.searchsorted(val, (task.first, task.first + task.documents))
+    held_out = set(val[first:last].tolist())
+    for document in source.read(task, data):
+        if document.text is None:
+            result.left_out[document.left_out] = result.left_out.get(document.left_out, 0) + 1
+            continue
+        try:
+            if isinstance(document.text, str):
+                pieces = [bos] * document.begins + [tokenizer.encode(document.text)] + [eot] * document.ends
+                n_bytes = len(document.text.encode())
+            else:
+                prompt, completion = (tokenizer.encode(part).astype(PAIRS) for part in document.text)
+                pieces = [~bos.astype(PAIRS), ~prompt, completion, eot.astype(PAIRS)]
+                n_bytes = sum(len(part.encode()) for part in document.text)
+        except UserError as error:
+            raise UserError(f"{document.name}: {error}") from None
+        length = sum(map(len, pieces))
+        if source.pairs:
+            needed = length + (len(bos) + len(prompt) == 0)  # end-of-text before it at the beginning of a sample
+            if needed > size and skip_long:
+                result.left_out["too long"] = result.left_out.get("too long", 0) + 1
+                continue
+            if needed > size:
+                raise UserError(f"{document.name}: is {needed} tokens long, and a sample holds block_size + 1 = {size}; take a "
+                                f"--block-size of {needed - 1} or more, or --errors skip, which leaves out such pairs")
+        of = parts.setdefault("val" if document.number in held_out else "train", ([], [], [], []))
+        of[0].extend(pieces)
+        of[1].append(length)
+        of[2].append(bool(document.ends))
+        of[3].append(n_bytes)
+    for name, (pieces, lengths, ends, n_bytes) in parts.items():
+        result.splits[name] = np.concatenate(pieces), np.array(lengths), sum(ends), sum(n_bytes)
+    return result
