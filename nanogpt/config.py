@@ -11,15 +11,14 @@ import difflib
 import os
 import re
 from bisect import bisect_left
-from functools import lru_cache
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
 from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError,
                       model_serializer, model_validator)
-from pydantic_core import PydanticCustomError
 
 from nanogpt.errors import UserError
 
@@ -27,6 +26,7 @@ NoSwitch = BeforeValidator(lambda value: str(value) if isinstance(value, bool) e
 Positive = Annotated[int, Field(gt=0, lt=1 << 63), NoSwitch]
 Count = Annotated[int, Field(ge=0, lt=1 << 63), NoSwitch]
 Size = Annotated[int, Field(gt=0, le=1 << 20), NoSwitch]  # of what is made: beyond, a slip of the pen fills the memory
+Few = Annotated[int, Field(ge=0, le=1 << 20), NoSwitch]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32), NoSwitch]
 Fraction = Annotated[float, Field(ge=0, lt=1), NoSwitch]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False), NoSwitch]
@@ -36,26 +36,23 @@ Folder = Annotated[str, Field(pattern=r"^[\w.-]*\w[\w.-]*$")]  # a name, not a p
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # what no name or path of a run should hold
 
 
-
-
 def _rising(points: list[list[int]]) -> list[list[int]]:
     steps, sizes = zip(*points)
-    if steps[0] or any(a >= b for a, b in zip(steps, steps[1:])):
-        raise PydanticCustomError("points", "its points are [step, size], and their steps must begin with 0 and rise")
-    if not sizes[0] or any(a > b for a, b in zip(sizes, sizes[1:])):
-        raise PydanticCustomError("points", "its points are [step, size], and their sizes must be above 0 and not fall")
+    if steps[0] or any(a >= b for a, b in pairwise(steps)):
+        raise ValueError("its points are [step, size], and their steps must begin with 0 and rise")
+    if not sizes[0] or any(a > b for a, b in pairwise(sizes)):
+        raise ValueError("its points are [step, size], and their sizes must be above 0 and not fall")
     return points
 
 
 def _dividing(points: list[list[int]]) -> list[list[int]]:
-    for (_, a), (_, b) in zip(points, points[1:]):
+    for (_, a), (_, b) in pairwise(points):
         if b % a:
-            raise PydanticCustomError("points", "each of its blocks must divide the next, and {a} does not divide {b}",
-                                      dict(a=a, b=b))
+            raise ValueError(f"each of its blocks must divide the next, and {a} does not divide {b}")
     return points
 
 
-Point = Annotated[list[Annotated[int, Field(ge=0, le=1 << 20), NoSwitch]], Field(min_length=2, max_length=2)]
+Point = Annotated[list[Few], Field(min_length=2, max_length=2)]
 Points = Annotated[list[Point], Field(min_length=1, max_length=50), AfterValidator(_rising)]
 
 
@@ -65,7 +62,7 @@ class Section(BaseModel):
 
 class Run(Section):
     """Who this run is, and where it starts from."""
-    name: str = Field("gpt", pattern=r"^[\w.-]*\w[\w.-]*$", description="name of the run (default: that of its config file)")
+    name: Folder = Field("gpt", description="name of the run (default: that of its config file)")
     dir: str | None = Field(None, description="run folder (default: runs/NAME)")
     seed: Seed = Field(1337, description="seed of the initial weights and of dropout")
     resume: str = Field("auto", description="auto: go on from the newest complete checkpoint, if there is one; "
@@ -92,11 +89,6 @@ class Source(Section):
     split: Folder = Field("train", description="its folder that is trained on, by whatever name in MDS from elsewhere")
     val_split: Folder = Field("val", description="its folder for validation")
 
-    @property
-    def kinds(self) -> list[str]:
-        """Which of the three are given."""
-        return [kind for kind in ("proportion", "repeat", "samples") if getattr(self, kind) is not None] or ["proportion"]
-
     @model_validator(mode="before")
     @classmethod
     def _path_alone(cls, value):
@@ -114,7 +106,7 @@ class Data(Section):
         None, min_length=1, description="in place of path: one dataset, or several, mixed, as [{path: data/owt, proportion: "
         "0.7}, {path: data/code, proportion: 0.3}]; in place of proportion, all may have repeat, how often each is gone "
         "through, or samples, how many of each come in a round")
-    tokenizer: str | None = Field(None, description="of MDS without a dataset.json, as llm-foundry writes it: gpt2, a ranks "
+    tokenizer: str | None = Field(None, min_length=1, description="of MDS without a dataset.json, as llm-foundry writes it: gpt2, a ranks "
                                   "file or a tokenizer.json")
     mixture: Literal["random", "stratified"] = Field("random", description="random: each sample's dataset is drawn; "
                                                      "stratified: every step holds them in proportion")
@@ -129,7 +121,7 @@ class Data(Section):
     @property
     def sources(self) -> list[Source]:
         """The datasets, one or several."""
-        return self.train or [Source(path=self.path)]
+        return self.train or [Source(path=path) for path in (self.path,) if path is not None]
 
 
 class RopeScaling(Section):
@@ -224,35 +216,26 @@ class Optim(Section):
 
 class BatchSchedule(Section):
     """A global batch that grows: [step, size] points, the last of train.global_batch_size."""
-    kind: Literal["linear", "stepped"]
+    kind: Literal["linear", "stepped"] = Field(description="linear: between its points, rounded down to multiples of the first")
     points: Points
-    multiple: Size | None = Field(None, description="linear: sizes are rounded down to multiples of it (default: the first)")
 
     @model_validator(mode="after")
     def _whole(self):
-        if self.kind == "stepped" and self.multiple:
-            raise PydanticCustomError("multiple", "only kind linear has a multiple")
-        if wrong := [size for _, size in self.points if self.kind == "linear" and size % self.unit]:
-            raise PydanticCustomError("multiple", "size {size} of its points is not a multiple of {unit}",
-                                      dict(size=wrong[0], unit=self.unit))
+        if wrong := [size for _, size in self.points if self.kind == "linear" and size % self.points[0][1]]:
+            raise ValueError(f"size {wrong[0]} of its points is not a multiple of the first, {self.points[0][1]}")
         return self
 
-    @property
-    def unit(self) -> int:
-        return self.multiple or self.points[0][1]
+    @cached_property
+    def sums(self) -> list[int]:
+        """Sequences in the first 0, 1, … steps, up to the step of the last point."""
+        unit, sizes = self.points[0][1], []
+        for (step, size), (end, last) in pairwise(self.points):
+            n, more = end - step, (last - size) * (self.kind == "linear")
+            sizes += [(size * n + more * i) // n // unit * unit for i in range(n)] if more else [size] * n
+        return list(accumulate(sizes, initial=0))
 
     def __str__(self):
-        return f"{self.kind} {self.points}" + (f" by {self.unit}" if self.kind == "linear" else "")
-
-
-@lru_cache(maxsize=8)
-def _sums(kind: str, points: tuple, unit: int) -> list[int]:
-    """Sequences in the first 0, 1, … steps of a schedule, up to the step of its last point."""
-    sizes = []
-    for (step, size), (end, last) in zip(points, points[1:]):
-        n = end - step
-        sizes += [size] * n if kind == "stepped" else [(size * n + (last - size) * i) // n // unit * unit for i in range(n)]
-    return list(accumulate(sizes, initial=0))
+        return f"{self.kind} {self.points}"
 
 
 class Train(Section):
@@ -270,16 +253,14 @@ class Train(Section):
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
     compile: bool = Field(True, description="torch.compile, block by block")
-    freeze_blocks: Annotated[int, Field(ge=0, le=1 << 20), NoSwitch] = Field(
-        0, description="the first n blocks and the embeddings (with them a tied head) keep their weights: finetuning")
-    max_skipped_steps: Annotated[int, Field(ge=0, le=1 << 20), NoSwitch] = Field(
-        0, description="steps of the whole run that may be left out because their loss or gradient is not finite; one "
-        "more stops it")
+    freeze_blocks: Few = Field(0, description="the first n blocks and the embeddings (with them a tied head) keep their "
+                               "weights: finetuning")
+    max_skipped_steps: Few = Field(0, description="steps of the whole run that may be left out because their loss or "
+                                   "gradient is not finite; one more stops it")
 
     @property
     def _ramp(self) -> list[int]:
-        of = self.batch_schedule
-        return _sums(of.kind, tuple(map(tuple, of.points)), of.unit) if of else [0]
+        return self.batch_schedule.sums if self.batch_schedule else [0]
 
     def sequences(self, steps: int) -> int:
         """In the first `steps` steps: where in the endless order of the data the next begins."""
@@ -292,15 +273,15 @@ class Train(Section):
 
     def steps(self, sequences: int) -> int:
         """The fewest steps that take at least so many sequences."""
-        ramp = self._ramp
-        more = sequences - ramp[-1]
-        return bisect_left(ramp, sequences) if more <= 0 else len(ramp) - 1 - -more // self.global_batch_size
+        return bisect_left(range(1 << 62), sequences, key=self.sequences)
 
-    def sizes(self) -> dict[int, int]:
-        """{size of a batch: the first step that has it}"""
-        ramp = self._ramp
-        sizes = [*(b - a for a, b in zip(ramp, ramp[1:])), self.global_batch_size]
-        return dict(zip(reversed(sizes), range(len(sizes) - 1, -1, -1)))
+    def uneven(self, unit: int) -> tuple[str, str, str] | None:
+        """Of the first batch that is no multiple of unit: (its setting, its size and step, sizes near it). None: all are."""
+        for step, (a, b) in enumerate(pairwise([*self._ramp, self._ramp[-1] + self.global_batch_size])):
+            if (size := b - a) % unit:
+                near = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
+                return ("train.batch_schedule", f"{size}, from step {step} on,", near) if self.batch_schedule else \
+                    ("train.global_batch_size", f"{size}", near)
 
 
 class Eval(Section):
@@ -435,37 +416,29 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
         yield ["data.path", "data.train"], "a dataset folder is needed; tools/convert_text_to_mds.py makes one"
     if c.data.path is not None and c.data.train is not None:
         yield ["data.path", "data.train"], "path is for one dataset, train for several: take out one of the two"
-    for source in c.data.sources if c.data.path or c.data.train else []:
+    for source in c.data.sources:
         if re.search("://[^/]*(@|:(?!\\d+(/|$)))", source.path):  # user@host, user:secret with a slash, but not host:9000
             yield ["data.path", "data.train"], "a URL with a password would be copied into logs and checkpoints; " \
                   "credentials come from the environment"
-    if len(kinds := sorted({kind for source in c.data.train or () for kind in source.kinds})) > 1:
-        yield (["data.train"],
-               f"its datasets have {' and '.join(kinds)}; give all of them the same one (default: proportion 1)")
+    kinds = [{"proportion", "repeat", "samples"} & source.model_dump().keys() or {"proportion"} for source in c.data.sources]
+    if len(kinds := sorted(set().union(*kinds))) > 1:
+        yield ["data.train"], f"its datasets have {' and '.join(kinds)}; give all of them the same one (default: proportion 1)"
     if not c.run.init_from:  # else the shape is not known yet
         yield from _of_shape(c)
-    if c.eval.only:
-        pass
-    elif c.train.max_steps is None and c.train.max_tokens is None:
+    if c.train.max_steps is None and c.train.max_tokens is None and not c.eval.only:
         yield ["train.max_steps", "train.max_tokens"], "max_steps or max_tokens is needed, so that the run has an end"
     if c.optim.schedule == "cosine" and c.optim.decay_steps and c.optim.decay_steps <= c.optim.warmup_steps:
         yield ["optim.decay_steps", "optim.warmup_steps"], f"must be above warmup_steps {c.optim.warmup_steps}"
     if c.optim.min_learning_rate is not None and c.optim.min_learning_rate > c.optim.learning_rate:
         yield ["optim.min_learning_rate"], f"is above learning_rate {c.optim.learning_rate:g}"
+    if c.train.batch_schedule and (last := c.train.batch_schedule.points[-1][1]) != c.train.global_batch_size:
+        yield (["train.batch_schedule", "train.global_batch_size"],
+               f"ends with {last}, and train.global_batch_size is {c.train.global_batch_size}; make these the same")
     each = c.train.micro_batch_size * world_size
-    schedule = c.train.batch_schedule
-    if schedule and schedule.points[-1][1] != c.train.global_batch_size:
-        yield (["train.batch_schedule", "train.global_batch_size"], f"ends with {schedule.points[-1][1]}, and "
-               f"train.global_batch_size is {c.train.global_batch_size}; make these the same")
-    for size, step in sorted(c.train.sizes().items()):
-        if size % each and not c.eval.only:
-            key, when, rest = ("batch_schedule", f", from step {step} on,", f", and multiples of {each} for all") \
-                if schedule else ("global_batch_size", "", "")
-            near = " or ".join(str(n) for n in (size // each * each, (size // each + 1) * each) if n)
-            yield ([f"train.{key}", "train.micro_batch_size"],
-                   f"{size}{when} is not a multiple of {ranks} x micro_batch_size {c.train.micro_batch_size} = {each}; take "
-                   f"{near}{rest}")
-            break
+    if not c.eval.only and (uneven := c.train.uneven(each)):
+        key, size, near = uneven
+        yield ([key, "train.micro_batch_size"],
+               f"{size} is not a multiple of {ranks} x micro_batch_size {c.train.micro_batch_size} = {each}; take {near}")
     if c.sharding.strategy == "hybrid" and world_size % (c.sharding.shard_size or local_world_size):
         yield (["sharding.shard_size", "sharding.strategy"],
                f"{c.sharding.shard_size or local_world_size} does not divide {ranks}")
@@ -570,7 +543,7 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
             values[key] = value
         elif isinstance(values.setdefault(section, {}), dict):
             try:
-                listed = name in LISTS and value[:1] in ("[", "{")
+                listed = name in NESTED and value[:1] in ("[", "{")
                 values[section][name] = yaml.load(value, _Loader) if listed else \
                     None if value in ("null", "none", "None") else value
             except Exception as error:  # as above
@@ -578,7 +551,8 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
     return problems
 
 
-LISTS = ("train", "rope_scaling", "batch_schedule", "block_schedule")  # settings that are no single value
+# Settings that are no single value, and what has names in them.
+NESTED = {"train": Source, "rope_scaling": RopeScaling, "batch_schedule": BatchSchedule, "block_schedule": None}
 
 
 def _takes_value(arg: str) -> bool:
@@ -610,7 +584,7 @@ def _where(key: str, origin: dict) -> str:
     while above not in origin and above.count(".") > 1:  # data.train.0.path stands in data.train
         above = above.rpartition(".")[0]
     place = origin.get(above)
-    return key if place is None else place if place.startswith("--") else f"{place}: {key}"
+    return key if place is None else place + key[len(above):] if place.startswith("--") else f"{place}: {key}"
 
 
 def _hidden(text: str) -> str:
@@ -625,8 +599,10 @@ def _shown(value) -> str:
 
 def _explain(error: dict, key: str) -> str:
     if error["type"] != "extra_forbidden":
-        given = error["input"]
-        return error["msg"][0].lower() + error["msg"][1:] + ("" if isinstance(given, dict) else f" (found {_shown(given)})")
+        given, said = error["input"], error["msg"].removeprefix("Value error, ")
+        return said[0].lower() + said[1:] + ("" if isinstance(given, dict) else f" (found {_shown(given)})")
+    if nested := key.count(".") > 1 and NESTED.get(key.split(".")[1]):
+        return f"no such setting; take {', '.join(nested.model_fields)}"
     known = [".".join(k) for k in _keys(Config().model_dump())]
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     near = near or [k for k in known if k.endswith("." + key.split(".")[-1])]  # nanoGPT's flat names

@@ -35,8 +35,11 @@ from nanogpt.tokenizer import Tokenizer, from_json, make
 
 NOTE_S = 2     # seconds between two notes of the state
 GROUP = 32     # tasks whose documents are shuffled among each other
+BUNDLE = 1 << 18  # bytes of text that a worker gets at least
 PIECE = 1 << 20  # ids that are held at a time, of those that are there already
 RANKS = "tokenizer.tiktoken"
+NO_SHUFFLE = ("--shuffle-documents: reads here and there, which neither compressed files allow nor Parquet files of large row "
+              "groups; unpack them, or leave it out")
 
 
 class BadText(UserError):
@@ -70,6 +73,8 @@ def convert(inputs: Inputs, out, tokenizer: Tokenizer | str, block_size: int, *,
     check_options(block_size, stride, val_fraction, seed, workers, inputs.pairs)
     if inputs.pairs and not isinstance(tokenizer, str) and tokenizer.eot is None:
         raise UserError(f"--tokenizer: {tokenizer.name} has no end-of-text, by which a model tells that a completion is over")
+    if shuffle is not None and not inputs.seekable:
+        raise UserError(NO_SHUFFLE)
     stride = block_size + 1 if inputs.pairs else stride or block_size  # samples of pairs have nothing in common
     card = {"format": FORMAT, "tokenizer": tokenizer if isinstance(tokenizer, str) else tokenizer.to_json(),
             "block_size": block_size, "splits": {}, "left_out": {},
@@ -185,8 +190,9 @@ class _Place:
             same["dtype"] = old["dtype"] == card["dtype"]
         same |= {f"source.{key}": old["source"].get(key) == value for key, value in card["source"].items() if key != "paths"}
         if inputs and all(same.values()):
-            unchanged = old["source"].get("bytes") == inputs.bytes and old["source"].get("files") == len(inputs.files)
-            if not (unchanged and inputs.newest < written):
+            unchanged = not inputs.newest or (  # 0: a revision of the hub, whose name is among the options
+                inputs.newest < written and [old["source"].get(key) for key in ("bytes", "files")] == [inputs.bytes, len(inputs.files)])
+            if not unchanged:
                 same |= {f"source.{key}": old["source"].get(key) == value for key, value in scan().identity.items()
                          if key != "paths"}
         if differs := [key for key, good in same.items() if not good]:
@@ -286,7 +292,7 @@ class _Job:
 
     def __init__(self, place: _Place, card: dict, inputs: Inputs, scan, tokenizer: Tokenizer | str, overwrite: bool):
         """Takes up what an earlier process left, or makes a plan. UserError: it left something else."""
-        self.place = place
+        self.place, self.trained = place, isinstance(tokenizer, str) and tokenizer != "char"
         plan = place._scratch() and place.read("plan.json")
         state = place.read("state.json") if plan else None
         asked = {**card, "files": len(inputs.files), "bytes": inputs.bytes}
@@ -303,6 +309,8 @@ class _Job:
             if card["source"]["val_fraction"] and self.source.documents == 1 and not self.source.single:
                 raise UserError(f"--val-fraction: a single {'pair' if inputs.pairs else 'document'} is not cut in two; give more of "
                                 "them, or --val-fraction 0")
+            if card["source"]["shuffle"] is not None and not self.source.seekable:
+                raise UserError(NO_SHUFFLE)
             (place.partial / "source").mkdir()
             self.source.save(place.partial / "source")
             if isinstance(tokenizer, str):
@@ -316,8 +324,6 @@ class _Job:
         self.val = validation(self.source.documents, asked["val_fraction"], asked["seed"], asked["like_nanogpt"],
                               self.source.single)
         self.order, self.flush = arranged(self.source.tasks, asked["shuffle"])
-        if asked["shuffle"] is not None and not self.source.seekable:
-            raise UserError("--shuffle-documents: reads here and there, which compressed files do not allow; unpack them first")
 
     def run(self, workers: int):
         """Writes the shards, and what there is to tell of them into the card."""
@@ -326,13 +332,14 @@ class _Job:
         self.writers = {name: PairWriter(self.place.dataset / name, card, state["splits"].get(name)) if card["dtype"] == PAIRS
                         else SplitWriter(self.place.dataset / name, card, stride, state["splits"].get(name))
                         for name, stride in strides.items()}
+        self.done, self.between = self.state["done"], True  # between two tasks, so that a note is right
         try:
             self._write(workers)
         except BadText:
             raise
         except BaseException:
             with contextlib.suppress(OSError):
-                if self.state["done"] or self.done:
+                if self.between and self.done:
                     self._note()
             raise
         if changed := self.source.changed():
@@ -343,32 +350,32 @@ class _Job:
         except UserError as error:  # too little of it
             raise BadText(str(error)) from None
         card["left_out"] = self.state["left_out"]
-        if "ranks" in card["tokenizer"] and isinstance(self.place.read("plan.json")["asked"]["tokenizer"], str):
+        if self.trained:
             (self.place.dataset / RANKS).write_bytes(self.tokenizer.ranks_file())
 
     def _write(self, workers: int):
         from tqdm import tqdm
 
-        self.done, waiting = self.state["done"], []
-        began = noted = time.monotonic()
+        waiting, began = [], time.monotonic()
+        told = noted = began
         before = sum(writer.tokens for writer in self.writers.values())
-        left_out = self.state["left_out"]
+        results = _told(_results(self.source, self.order[self.done:], self.tokenizer, self.val, self.card, workers))
         bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}, {remaining} left]"
-        with tqdm(total=len(self.order), initial=self.done, bar_format=bar_format, disable=None) as bar:
-            told = time.monotonic()
-            results = _results(self.source, self.order[self.done:], self.tokenizer, self.val, self.card, workers)
-            for position, result in enumerate(_told(results), self.done):
+        with contextlib.closing(results), \
+                tqdm(total=len(self.order), initial=self.done, bar_format=bar_format, disable=None) as bar:
+            for position, result in enumerate(results, self.done):
                 waiting.append(result)
-                for why, n in result.left_out.items():
-                    left_out[why] = left_out.get(why, 0) + n
                 bar.update()
                 if not self.flush[position]:
                     continue
+                self.between = False
                 for name, writer in self.writers.items():
-                    parts = [result.splits[name] for result in waiting if name in result.splits]
-                    if parts:
+                    if parts := [result.splits[name] for result in waiting if name in result.splits]:
                         writer.add(*self._in_order(parts, position))
-                waiting, self.done = [], position + 1
+                for result in waiting:
+                    for why, n in result.left_out.items():
+                        self.state["left_out"][why] = self.state["left_out"].get(why, 0) + n
+                waiting, self.done, self.between = [], position + 1, True
                 now = time.monotonic()
                 tokens = sum(writer.tokens for writer in self.writers.values())
                 documents = sum(writer.documents for writer in self.writers.values())
@@ -475,12 +482,12 @@ def _results(source: Source, order: np.ndarray, tokenizer: Tokenizer, val: np.nd
     pool = ProcessPoolExecutor(min(workers, len(order)), spawn, _start_worker, (source, tokenizer.to_json(), *job[2:]))
     try:
         waiting = deque()
-        for task, data in source.feed(order):
-            waiting.append(_submit(pool, task, data))
+        for bundle in _bundles(source, order):
+            waiting.append(_submit(pool, bundle))
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield from waiting.popleft().result()
     except BrokenProcessPool:
         raise WorkerLost("a worker process was killed, perhaps for memory; the same command goes on, with fewer --workers too") from None
     finally:
@@ -496,11 +503,24 @@ def _told(results):
         raise BadText(str(error)) from None
 
 
-def _submit(pool, task, data):
+def _bundles(source: Source, order: np.ndarray):
+    """The tasks with their data; those of tiny files go to a worker together."""
+    bundle, weight = [], 0
+    for task, data in source.feed(order):
+        bundle.append((task, data))
+        weight += source.weight(task)
+        if weight >= BUNDLE:
+            yield bundle
+            bundle, weight = [], 0
+    if bundle:
+        yield bundle
+
+
+def _submit(pool, bundle):
     """Workers are started here, on demand, and inherit the mask: Ctrl-C is for this process alone."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return pool.submit(_encode_task, task, data)
+        return pool.submit(_encode_bundle, bundle)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -513,8 +533,8 @@ def _start_worker(source, tokenizer_json, *rest):
     _job = source, from_json(tokenizer_json), *rest
 
 
-def _encode_task(task, data):
-    return _encode(*_job, task, data)
+def _encode_bundle(bundle):
+    return [_encode(*_job, task, data) for task, data in bundle]
 
 
 def _encode(source: Source, tokenizer: Tokenizer, val: np.ndarray, size: int, skip_long: bool, task: Task, data) -> Result:

@@ -5,14 +5,13 @@ All samples have as many tokens as the first, L, which is their block: neighbour
 an input without a target.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.shards import FORMAT, MAX_BLOCK
+from nanogpt.shards import FORMAT, MAX_BLOCK, read_index
 
 ENCODING = re.compile(r"bytes|ndarray(:u?int(8|16|32|64)(:(?P<length>[1-9]\d{0,6}))?)?")
 
@@ -22,34 +21,21 @@ def check_index(file: Path, path: str) -> int | None:
 
     UserError names `path`, where the file came from.
     """
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        encodings = set()
-        for shard in index["shards"]:
-            names = shard["column_names"]
-            if (shard["version"], shard["format"]) != (2, "mds"):
-                raise ValueError(f"it lists a shard of format {shard['format']!r:.60}, version {shard['version']!r:.60}")
-            if "tokens" not in names:
-                raise UserError(f"{path}: its samples have {', '.join(names):.200}, and no tokens; make them with "
-                                "llm-foundry's --concat_tokens and --tokenizer, or with tools/convert_owt_to_mds.py")
-            encodings.add(shard["column_encodings"][names.index("tokens")])
-            if type(shard["samples"]) is not int or shard["samples"] < 1 or len(set(names)) < len(names) or \
-                    {len(shard["column_encodings"]), len(shard["column_sizes"])} != {len(names)} or \
-                    (shard["compression"] is None) != (shard["zip_data"] is None):
-                raise ValueError("samples, columns or compression are of the wrong kind")
-            for info in filter(None, (shard["raw_data"], shard["zip_data"])):
-                name = info["basename"]
-                if Path(name).name != name or name in ("", "..") or not name.isprintable():
-                    raise ValueError(f"{name!r:.60} is no file of its folder")
-                if type(info["bytes"]) is not int or not all(type(value) is str for value in info["hashes"].values()):
-                    raise ValueError(f"bytes or hashes of {name!r:.60} are of the wrong kind")
-        if len(encodings) != 1 or not (found := ENCODING.fullmatch(min(encodings))):
-            raise ValueError(f"its tokens are {' and '.join(sorted(encodings)) or 'none':.60}, and not all ndarray of "
-                             "integers, or all bytes")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); copy it again") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged ({error}); copy it again") from None
+    encodings = set()
+
+    def check(shard):
+        names = shard["column_names"]
+        if "tokens" not in names:
+            raise UserError(f"{path}: its samples have {', '.join(names):.200}, and no tokens; make them with "
+                            "llm-foundry's --concat_tokens and --tokenizer, or with tools/convert_owt_to_mds.py")
+        if len(set(names)) < len(names) or {len(shard["column_encodings"]), len(shard["column_sizes"])} != {len(names)}:
+            raise ValueError("its columns are of the wrong kind")
+        encodings.add(shard["column_encodings"][names.index("tokens")])
+
+    read_index(file, path, check)
+    if len(encodings) != 1 or not (found := ENCODING.fullmatch(f"{min(encodings)}")):
+        raise UserError(f"{path}: its tokens are {' and '.join(sorted(map(str, encodings))) or 'none':.60}, and not all "
+                        "ndarray of integers, or all bytes; convert the text again")
     return found["length"] and int(found["length"])
 
 

@@ -336,22 +336,35 @@ def load_dataset_card(folder) -> dict:
 
 
 def load_index(file: Path, card: dict, split: str, path: str | None = None) -> list[dict]:
-    """The shards that a split's index.json lists, all that is said of them checked before streaming acts on it.
+    """The shards that a split's index.json lists, checked as read_index does, and against dataset.json."""
+    path = path or file
+    wanted = dict(column_names=["tokens"], column_encodings=[f"ndarray:{card['dtype']}:{card['block_size'] + 1}"],
+                  column_sizes=[(card["block_size"] + 1) * np.dtype(card["dtype"]).itemsize])
+
+    def check(shard):
+        for key, value in wanted.items():
+            if shard[key] != value:
+                raise ValueError(f"{key} is {shard[key]!r:.60}, and {value!r} by dataset.json")
+
+    shards = read_index(file, path, check)
+    if (found := sum(shard["samples"] for shard in shards)) != (samples := card["splits"][split]["samples"]):
+        raise UserError(f"{path}: is damaged (it holds {found} samples, and {samples} by dataset.json); copy it again, or "
+                        "convert the text again")
+    return shards
+
+
+def read_index(file: Path, path, check) -> list[dict]:
+    """The shards that an index.json lists, all that is said of them checked before streaming acts on it.
 
     It would follow a name out of the folder, delete a shard that is compressed by name alone, and decode any column.
-    UserError names the file, or where it came from: path.
+    check(shard) raises ValueError where its columns are others. UserError names path, where the file came from.
     """
-    path = path or file
-    wanted = dict(version=2, format="mds", column_names=["tokens"],
-                  column_encodings=[f"ndarray:{card['dtype']}:{card['block_size'] + 1}"],
-                  column_sizes=[(card["block_size"] + 1) * np.dtype(card["dtype"]).itemsize])
-    samples = card["splits"][split]["samples"]
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         for shard in index["shards"]:
-            for key, value in wanted.items():
-                if shard[key] != value:
-                    raise ValueError(f"{key} is {shard[key]!r:.60}, and {value!r} by dataset.json")
+            if (shard["version"], shard["format"]) != (2, "mds"):
+                raise ValueError(f"it lists a shard of format {shard['format']!r:.60}, version {shard['version']!r:.60}")
+            check(shard)
             if type(shard["samples"]) is not int or shard["samples"] < 1 or type(shard["size_limit"]) not in (int, type(None)) \
                     or (shard["compression"] is None) != (shard["zip_data"] is None):
                 raise ValueError("samples, size_limit or compression are of the wrong kind")
@@ -361,8 +374,8 @@ def load_index(file: Path, card: dict, split: str, path: str | None = None) -> l
                     raise ValueError(f"{name!r:.60} is no file of its folder")
                 if type(file["bytes"]) is not int or not all(type(value) is str for value in file["hashes"].values()):
                     raise ValueError(f"bytes or hashes of {name!r:.60} are of the wrong kind")
-        if (found := sum(shard["samples"] for shard in index["shards"])) != samples or index["version"] != 2:
-            raise ValueError(f"it holds {found} samples, and {samples} by dataset.json")
+        if index["version"] != 2:
+            raise ValueError(f"version is {index['version']!r:.60}, and not 2")
     except FileNotFoundError:
         raise UserError(f"{path}: is missing; copy it again, or convert the text again") from None
     except OSError as error:

@@ -1,11 +1,10 @@
 """MDS shards -> StreamingDataset -> batches on the device. What a step trains on is a function of the step alone.
 
 A dataset is one endless order of samples: epoch after epoch, each sample once in each, as streaming's shuffle makes it
-from (seed, epoch). Step s takes the samples_per_step that begin at s * samples_per_step, and its ranks share them out:
-neither their number, nor that of nodes, threads or micro-batches, nor any restart can change what step 1000 sees. So
-nothing of the loader is saved, and resuming at step 100,000 costs what resuming at step 10 does.
-
-So is the number of its samples: with train.batch_schedule, step s begins at the sum of the batches before it.
+from (seed, epoch). Step s begins at the sum of the batches before it, s * samples_per_step unless there is a
+train.batch_schedule, and its ranks share it out: neither their number, nor that of nodes, threads or micro-batches, nor
+any restart can change what step 1000 sees. So nothing of the loader is saved, and resuming at step 100,000 costs what
+resuming at step 10 does.
 
 A mixture deals the samples of a step to its datasets by a fixed pattern; each goes through its own endless order.
 
@@ -50,6 +49,8 @@ def inputs_and_targets(tokens: torch.Tensor, block: int = -1) -> tuple[torch.Ten
 @lru_cache(maxsize=2)
 def named_tokenizer(name: str):
     """data.tokenizer. Raises UserError where there is none of that name."""
+    if name == "char":
+        raise UserError("data.tokenizer: char would need the text that it was made of; name another one")
     try:
         return from_name(name)
     except UserError as error:
@@ -71,28 +72,27 @@ class Split:
             root = Path(config.data.cache_dir or config.run_dir / "cache") / hashlib.sha256(path.encode()).hexdigest()[:12]
         self.folder = root / name
         self.card = self._card(root, tok)
-        self.foreign, length = self.card is None, None
+        self.foreign, index = self.card is None, self.folder / "index.json"
         if not self.foreign and name not in self.card["splits"]:
-            raise NoSplit(f"{path}: has no {name} split; convert again, with --val-fraction above 0")
-        index = f"{path}/{name}/index.json"
+            raise NoSplit(f"{path}: has no {name} split" + ("; convert again, with --val-fraction above 0" if name == "val" else
+                                                            f", but {' and '.join(self.card['splits'])}"))
         try:
             if self.remote:
-                download(index, self.folder / "index.json")
-            elif self.foreign and not (self.folder / "index.json").exists():
-                raise NotThere(index)
+                download(f"{path}/{name}/index.json", index)
+            elif self.foreign and not index.exists():
+                raise NotThere(f"{index}: is missing")
         except NotThere:
-            if self.foreign:
-                raise NoSplit(f"{path}: has neither dataset.json nor {name}/index.json; mend the path, or name the folders "
-                              f"of its splits: data.train: {{path: {path}, split: train_small, val_split: val_small}}"
-                              ) from None
-            raise
+            if not self.foreign:
+                raise
+            raise NoSplit(f"{path}: has neither dataset.json nor {name}/index.json; mend the path, or name the folders of its "
+                          f"splits: data.train: {{path: {path}, split: train_small, val_split: val_small}}") from None
         if self.foreign:
-            length = foreign.check_index(self.folder / "index.json", index)
+            length = foreign.check_index(index, f"{path}/{name}/index.json")
         else:
-            load_index(self.folder / "index.json", self.card, name, index)
+            load_index(index, self.card, name, f"{path}/{name}/index.json")
         self.dataset = open_dataset(root, path if self.remote else None, name, config)
         self.samples = self.dataset.num_samples
-        self.index_sha256 = hashlib.sha256((self.folder / "index.json").read_bytes()).hexdigest()
+        self.index_sha256 = hashlib.sha256(index.read_bytes()).hexdigest()
         self.shard_ends = np.cumsum([shard.samples for shard in self.dataset.shards])
         self.nodes = min(config.data.num_canonical_nodes, self.samples)
         self.order = lru_cache(maxsize=2)(self._order)
@@ -171,13 +171,10 @@ class Split:
         at = (np.arange(machines + 1) / machines - begin) / (end - begin) * N  # the nodes at which the machines begin
         for a, b in {(max(0, math.floor(a + 1e-6)), min(N, math.ceil(b - 1e-6))) for a, b in zip(at, at[1:])}:
             shards = of_sample[order[:, a:b].ravel()]
-            first, last = (np.full(len(sizes), -1) for _ in range(2))
-            first[shards[::-1]], last[shards] = np.arange(len(shards))[::-1], np.arange(len(shards))
-            used = first >= 0
-            change = np.zeros(len(shards) + 1, np.int64)
-            np.add.at(change, first[used], sizes[used])
-            np.subtract.at(change, last[used] + 1, sizes[used])
-            most = max(most, int(change.cumsum().max()))
+            n = len(shards) + 1
+            first, after = np.full(len(sizes), n - 1), np.full(len(sizes), n - 1)  # of one that is not used, never
+            first[shards[::-1]], after[shards] = np.arange(n - 1)[::-1], np.arange(1, n)
+            most = max(most, int(np.cumsum(np.bincount(first, sizes, n) - np.bincount(after, sizes, n)).max()))
         return most + max(shard.get_zip_size() or 0 for shard in self.dataset.shards)  # and room to unpack
 
     # ---- reading ----------------------------------------------------------------------------------------------------
@@ -272,15 +269,6 @@ class Split:
             self.known_whole.add(shard)
 
 
-def tails(paths: list[str]) -> list[str]:
-    """The end of each path, as short as it can be without being that of another one."""
-    def tail(path, n):
-        return path.rstrip("/").split("/")[-n:]
-
-    return ["/".join(next(tail(path, n) for n in range(1, 1 << 12)
-                          if all(tail(other, n) != tail(path, n) for other in paths if other != path))) for path in paths]
-
-
 class TrainStream:
     """The training data in the order of the run."""
 
@@ -295,17 +283,18 @@ class TrainStream:
                 if field(split.card) != field(self.card):
                     raise UserError(f"{split.path}: its {what} is {field(split.card)}, that of {self.splits[0].path} is "
                                     f"{field(self.card)}; the datasets of a mixture need the same one")
-        self._check_sizes()
         self.block_size = config.model.block_size
-        weights = np.array([{"proportion": source.proportion or 1, "samples": source.samples,
-                             "repeat": source.repeat and source.repeat * split.samples}[source.kinds[0]]
+        self._check_sizes()
+        weights = np.array([source.repeat * split.samples if source.repeat else source.samples or source.proportion or 1
                             for source, split in zip(config.data.sources, self.splits)])
         self.proportions = weights / weights.sum()
         ends = np.cumsum([0, *self.proportions])
         self.counts = np.diff(np.rint(ends * DEAL).astype(np.int64))  # of each dataset in a round of the deal
         self.first_sample = np.cumsum([0] + [split.samples for split in self.splits])  # samples are numbered through
-        folders = {path: {of.name for of in self.splits if of.path == path} for path in (split.path for split in self.splits)}
-        labels = tails([split.path if len(folders[split.path]) == 1 else f"{split.path}/{split.name}" for split in self.splits])
+        labels, whole = ([Path(split.path).name for split in self.splits],
+                         [f"{split.path.rstrip('/')}/{split.name}" for split in self.splits])
+        if len(set(labels)) < len(set(whole)):  # the names of folders do not tell them apart
+            labels = whole
         for i, split in enumerate(self.splits):
             split.share, split.label = float(self.proportions[i]), labels[i] if len(labels) > 1 else ""
             self._check_share(split, int(self.counts[i]), ends[i], ends[i + 1])
@@ -313,12 +302,10 @@ class TrainStream:
 
     def _check_sizes(self):
         """Raises UserError unless every batch is of whole samples, and every block of them may be cut."""
-        T, stored, schedule = self.splits[0].block_size, self.card["block_size"], self.train.batch_schedule
-        for size, step in sorted(self.train.sizes().items()):
-            if size % self.parts:
-                which = f"batch_schedule: the {size}, from step {step} on," if schedule else f"global_batch_size: {size}"
-                raise UserError(f"train.{which} sequences of {T} tokens do not fill whole samples of {stored}; take "
-                                f"{'multiples' if schedule else 'a multiple'} of {self.parts}")
+        if uneven := self.train.uneven(self.parts):
+            key, size, near = uneven
+            raise UserError(f"{key}: {size} sequences of {self.block_size} tokens do not fill whole samples of "
+                            f"{self.card['block_size']}; take {near}")
         for split in self.splits:
             if self.train.block_schedule and split.card["dtype"] == PAIRS:
                 raise UserError(f"train.block_schedule: would cut the pairs of {split.path}; leave it out")
@@ -354,8 +341,8 @@ class TrainStream:
         return found
 
     def epochs(self, steps: int) -> list[float]:
-        """How often each dataset is gone through in so many steps."""
-        return [self.train.sequences(steps) / self.parts * split.share / split.samples for split in self.splits]
+        """How often each dataset is gone through up to that step."""
+        return [max(0, self._first(steps)) * split.share / split.samples for split in self.splits]
 
     def identity(self) -> dict:
         """All that decides which sequences a step sees. A run is resumed only where this is unchanged."""
@@ -404,14 +391,18 @@ class TrainStream:
             before[dealt == i] = np.arange(counts[i]) + round * counts[i]
         return dealt, before
 
+    def _first(self, step: int) -> int:
+        """Where in the endless order of the samples a step begins."""
+        return (self.train.sequences(step) - self.train.sequences(self.first_step)) // self.parts
+
     def samples(self, step: int) -> np.ndarray:
         """(samples of the step,): what step `step` takes, numbered through all datasets.
 
         Neighbours come from the same canonical node, so that the consecutive ranks of a machine, which take
         consecutive pieces, read few shards.
         """
-        first = (self.train.sequences(step) - self.train.sequences(self.first_step)) // self.parts
-        n = self.train.batch(step) // self.parts
+        first = self._first(step)
+        n = self._first(step + 1) - first
         if len(self.splits) == 1:
             samples, nodes = self.splits[0].take(first, n)
             return samples[np.argsort(nodes, kind="stable")]

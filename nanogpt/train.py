@@ -304,9 +304,9 @@ def introduce(meter: Meter, config: Config, stream: TrainStream, val: list[Split
 
 def changes(was: dict, now: dict) -> dict:
     """{section.key: (was, now)} of two configs."""
-    return {f"{section}.{key}": (was.get(section, {}).get(key), value)
-            for section, values in now.items() for key, value in values.items()
-            if was.get(section, {}).get(key) != value}
+    known = Config().model_dump()  # what an older version did not know was as it is by default
+    return {f"{section}.{key}": (before, value) for section, values in now.items() for key, value in values.items()
+            if (before := was.get(section, {}).get(key, known[section][key])) != value}
 
 
 # ---- in and out -----------------------------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ if __name__ == "__main__":
     feed = documents.Source.feed
     def slowly(self, order):
         for fed in feed(self, order):
-            time.sleep(0.01)
+            time.sleep(0.02)
             yield fed
     documents.Source.feed = slowly
     sys.argv[:2] = [sys.argv[1] + "/tools/convert_text_to_mds.py"]
@@ -194,7 +194,7 @@ def test_killed_at_random_moments(tmp_path, hard, workers):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         kills += 1
-    assert kills >= 3, process.stderr.read()
+    assert kills >= 2, process.stderr.read()
     done = subprocess.run([*command, "--out", str(out), "--workers", str(workers)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert hashes(out) == hashes(reference) and sorted(os.listdir(tmp_path)) == ["out", "slowly.py"]

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt import documents
-from nanogpt.documents import HuggingFace, InMemory, Source, Task, spool_stdin, text_files, unescape
+from nanogpt.documents import InMemory, Source, Task, spool_stdin, text_files, unescape
 from nanogpt.errors import UserError
+from nanogpt.hub import HuggingFace
 
 NASTY = ["", "a", "\ufeffBOM", "\r\n\r\n", "\0\0", "🙂" * 40, "one two\nthree " * 30, "<|endoftext|>", "é", "x" * 300,
          "語。語、語，" * 30, "١٢٣ ١٢٣\n" * 9, "last \t"]
@@ -31,7 +32,6 @@ NASTY = ["", "a", "\ufeffBOM", "\r\n\r\n", "\0\0", "🙂" * 40, "one two\nthree 
 def tiny(monkeypatch):
     """Chunks and blocks of so few bytes that every text has many."""
     monkeypatch.setattr(documents, "CHUNK", 50)
-    monkeypatch.setattr(documents, "BLOCK", 64)
 
 
 def texts_of(inputs, val_fraction=0.0, cuttable=True):
@@ -52,6 +52,7 @@ def texts_of(inputs, val_fraction=0.0, cuttable=True):
                 pieces.setdefault(document.number, []).append((task.start, document))
         for number, parts in pieces.items():
             parts = [document for _, document in sorted(parts, key=lambda part: part[0])]
+            assert len(parts) == 1 or not any(part.left_out for part in parts)  # is counted once
             assert [part.begins for part in parts] == [True] + [False] * (len(parts) - 1)
             assert [part.ends for part in parts] == [False] * (len(parts) - 1) + [True]
             text = parts[0].left_out or ("".join(part.text for part in parts) if isinstance(parts[0].text, str)
@@ -90,6 +91,7 @@ def test_text_files(tmp_path, suffix, cuttable):
     assert source.name(6) == paths[6] and source.files == paths and list(source.texts()) != []
     assert "".join(source.texts()) == "".join(NASTY)
     lengths = source.tasks[:, 2] - source.tasks[:, 1]
+    assert [source.weight(Task(*row)) for row in source.tasks.tolist()] == lengths.tolist()
     assert (len(source.tasks) > len(paths)) == cuttable
     if cuttable:  # a text with blanks comes in pieces of a chunk and a word
         assert lengths[source.tasks[:, 3] == 6].max() < 60
@@ -112,7 +114,7 @@ def test_separators(tmp_path, separator, suffix):
         expected += parts[:-1] if parts[-1] == b"" else parts
     found, source = texts_of(text_files(paths, separator=separator, errors="replace"))
     assert found == [text.decode("utf-8", "replace") or "empty" for text in expected]
-    assert (source.tasks[:, 4] > 1).any() and source.identity["separator"] is not None
+    assert (source.tasks[:, 4] > 1).any() == (len(separator) < 50) and source.identity["separator"] is not None
     where = [row[0] for row in source.tasks.tolist() for _ in range(row[4]) if row[5]]
     for number in (0, len(expected) // 2, len(expected) - 1):
         in_file = number - where.index(where[number])
@@ -145,7 +147,9 @@ def test_parquet(tmp_path, monkeypatch, kind, chunk, limit):
     assert found == [text or "empty" for text in texts] * 3
     assert source.name(2 * len(texts) + 5) == f"{paths[2]}, row 5" and source.documents == 3 * len(texts)
     fed = {task.file for task, data in source.feed(range(len(source.tasks))) if data is not None}
-    assert (2 in fed) == (chunk == 50) and (len(source.tasks) > 3) == (chunk == 50)
+    groups = sum(-(-len(texts) // group) for group in (1, 7, 1000))
+    assert (2 in fed) == (chunk == 50) != source.seekable and (len(source.tasks) > groups) == (chunk == 50)
+    assert {source.weight(Task(*row)) for row in source.tasks.tolist()} == {chunk}
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "arrow", "text"])
@@ -184,10 +188,10 @@ def test_in_memory():
 # ---- one text for both splits ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("alphabet", ["a b", "é🙂語 ", "\x80", "a\xe9"])
+@pytest.mark.parametrize("alphabet", ["a b", "é🙂語 ", "a\xe9"])
 def test_the_last_part_of_a_single_text(tmp_path, suffix, alphabet):
     text = (alphabet * 400)[:401]
-    data = text.encode("latin-1" if "\x80" <= alphabet[-1] < "\xff" else "utf-8")
+    data = text.encode("latin-1" if alphabet == "a\xe9" else "utf-8")
     text = data.decode("utf-8", "replace")
     path = str(pack(tmp_path / f"a{suffix}", data))
     for fraction in (0.1, 0.5, 0.999, 0.0001):
@@ -228,13 +232,14 @@ def test_text_that_is_not_utf8(tmp_path):
             found, _ = texts_of(text_files(paths, errors="skip", separator=separator), cuttable=cuttable)
             assert found == [data[0].decode(), *["undecodable"] * 4, "ok"]
             where = f"{paths[0]}, document 2" if separator else paths[1]
-            with pytest.raises(UserError, match=f"^{where}: is not UTF-8 at byte 200; leave it out, or take --errors r"):
-                texts_of(text_files(paths, separator=separator), cuttable=cuttable)
+            at = 200 + (len(data[0] + separator) if separator else 0)  # in the file
+            with pytest.raises(UserError, match=f"^{where}: is not UTF-8 at byte {at}; leave it out, or take --errors r"):
+                text_files(paths, separator=separator).scan(0, cuttable, progress=False)  # before anything is tokenized
 
 
 BAD_LINES = [(b"{'text': 1}", "is not JSON"), (b'["text"]', "is no JSON object"),
-             (b'{"txt": "a", "b": 1}', "has no 'text', but 'txt', 'b'"),
-             (b'{"text": 7}', "its 'text' is no string, but int"), (b'{"text": "a\xff"}', "is not UTF-8 at byte 11"),
+             (b'{"txt": "a", "b": 1}', "has no text, but 'txt', 'b'"),
+             (b'{"text": 7}', "its text is no string, but int"), (b'{"text": "a\xff"}', "is not UTF-8 at byte 11"),
              (b'{"text": "a\\ud800b"}', "its text holds half of a surrogate pair"), (b"[" * 9999, "is not JSON")]
 
 
@@ -386,6 +391,7 @@ for name in ("cl100k_base", "o200k_base"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openai, "load_tiktoken_bpe", lambda *_, **__: {})
         PATTERNS[name] = getattr(openai, name)()["pat_str"]
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 ALL_PAIRS = {bytes([i]): i for i in range(256)} | {bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)}
 SPECIAL = ("aZ09 \n\r\t'.,-_/\u00a0\u2003\u3000、。，語éǅʰ"
            "\u0301ः\u0e33\u1885\u1886١½Ⅷ🙂\ufeff\0\x85\u2028")
@@ -416,6 +422,26 @@ def test_ids_of_the_pieces_are_those_of_the_whole(encoding, text):
     for cut in cuts_of(data):
         a, b = data[:cut].decode(), data[cut:].decode()
         assert encoding.encode_ordinary(a) + encoding.encode_ordinary(b) == whole, (a, b)
+
+
+def test_a_letter_that_nfc_takes_apart():
+    """Behind a mark, the line feed would belong to the piece before it: seen with Qwen's rules, by another library."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    merges = [(letter, "\u010a") for letter in letters]  # any byte with a line feed behind it: so a cut there would show
+    vocabulary = {piece: i for i, piece in enumerate([*letters, *map("".join, merges)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN), "isolated"),
+                                                       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    text = "abc \ufb2a\n \ufb2a\nxyz"
+    data, whole = text.encode(), tokenizer.encode(text).ids
+
+    def halves(cut):
+        return tokenizer.encode(data[:cut].decode()).ids + tokenizer.encode(data[cut:].decode()).ids
+
+    assert cuts_of(data) == [3] and halves(3) == whole
+    assert any(halves(i) != whole for i in range(len(data)) if data[i:i + 1] == b"\n")  # what is to be avoided
 
 
 def test_where_cuts_are():

@@ -5,13 +5,13 @@ They are written here by streaming's MDSWriter as those converters call it, and 
 
 import base64
 import json
-import subprocess
-import sys
+import runpy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_launch import ENV, ROOT
+from test_launch import ROOT
 from test_numbers import plain
 from test_stream import make_config
 from test_train import SMALL, STEPS, train_run
@@ -97,16 +97,14 @@ train: {{max_steps: 9, global_batch_size: 12, micro_batch_size: 2}}""")
 
 
 def test_a_run_and_its_resume_are_the_plain_loop(tmp_path, folders, text_dataset, ranks):
-    """Ten steps on two ranks, the rest by the real command on one; the first kind is the one written today."""
+    """Ten steps on two ranks, the rest on one; the first kind is the one written today."""
     path = folders / "int32"
     (tmp_path / "c.yaml").write_text(f"data: {{path: {path}, tokenizer: byte}}")
     argv = [str(tmp_path / "c.yaml"), *SMALL, f"--run.dir={tmp_path / 'run'}", "--train.micro_batch_size=2"]
     ranks(2, train_run, [*argv, "--train.max_steps=10"])
-    done = subprocess.run([sys.executable, str(ROOT / "launch" / "train.sh"), *argv, f"--train.max_steps={STEPS}"],
-                          env=ENV | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert f"{path}: {360 * L:,} tokens, 360 samples, " in done.stdout and "byte tokenizer" in done.stdout
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    metrics = ranks(1, train_run, [*argv, f"--train.max_steps={STEPS}"])[0]
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert f"{path}: {360 * L:,} tokens, 360 samples, " in said and "byte tokenizer" in said and "2 -> 1 ranks" in said
     stream = TrainStream(load_config([*argv, f"--train.max_steps={STEPS}"]))
     theirs, batches = import_streaming().LocalDataset(local=str(path / "train")), []
     for step in range(STEPS):
@@ -118,6 +116,36 @@ def test_a_run_and_its_resume_are_the_plain_loop(tmp_path, folders, text_dataset
     assert [m["loss"] for m in metrics] == pytest.approx(plain(batches), rel=1e-4)
     assert sum(int((batch == IGNORE).sum()) for batch in batches) == sum(
         int((stream.sequences(step)[:, 1] == 1).sum()) for step in range(STEPS)) > 0  # the second halves have 31 targets
+
+
+def test_tools_on_folders_of_others(tmp_path, folders, text_dataset, capsys, monkeypatch):
+    """evaluate.py has a name for the tokenizer, and leaves out what has no val split, as a run does; gz is read too."""
+    evaluate, inspect = (SimpleNamespace(**runpy.run_path(str(ROOT / "tools" / f"{name}.py")))
+                         for name in ("evaluate", "inspect_mds"))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    model = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(block_size=L)), state={})
+
+    def opened(data=None, tokenizer=None, split="val", **state):
+        model.state = state
+        args = SimpleNamespace(run="RUN", hf=None, data=data, tokenizer=tokenizer, split=split, block_size=None, cache_dir=None)
+        return [(found.path, found.name) for found in evaluate.open_splits(args, model)]
+
+    path = str(folders / "int32")
+    assert opened([path], "byte") == [(path, "val")]
+    with pytest.raises(UserError, match=f"^{path}/dataset.json: is missing. .*, as --tokenizer gpt2, a ranks file or"):
+        opened([path])
+    rows = rows_of(text_dataset, 60)
+    write(tmp_path / "gz" / "train", rows, compression="gz", hashes=["xxh64"])
+    gz = str(tmp_path / "gz")
+    data = dict(tokenizer="byte", train=[dict(path=gz), dict(path=str(folders / "small"), val_split="val_small")])
+    run = dict(config=dict(run=dict(dir=str(tmp_path / "run")), data=data))
+    assert opened(**run) == [(str(folders / "small"), "val_small")]
+    assert capsys.readouterr().err.startswith(f"note: left out: {gz}: has neither dataset.json nor val/index.json")
+    with pytest.raises(UserError, match="gz: has neither dataset.json nor val/index.json"):
+        opened([gz], **run)
+    shards = json.loads((tmp_path / "gz" / "train" / "index.json").read_text())["shards"]
+    read = [inspect.read_shard(tmp_path / "gz" / "train", shard, {"dtype": "foreign"}) for shard in shards]
+    assert np.array_equal(np.concatenate(read), rows)
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -135,7 +163,7 @@ def test_the_tokenizer_must_be_named(tmp_path, folders):
     path = folders / "int32"
     refused(tmp_path, f"^{path}/dataset.json: is missing. MDS that .* as --data.tokenizer gpt2, a ranks file or", path)
     refused(tmp_path, "^data.tokenizer: 'bite' is neither a tokenizer .* did you mean byte", path, "--data.tokenizer=bite")
-    refused(tmp_path, "^data.tokenizer: char takes its alphabet from the text", path, "--data.tokenizer=char")
+    refused(tmp_path, "^data.tokenizer: char would need the text that it was made of; name another", path, "--data.tokenizer=char")
 
 
 def test_samples_that_are_no_tokens(tmp_path, text_dataset):
@@ -148,7 +176,7 @@ def test_samples_that_are_no_tokens(tmp_path, text_dataset):
             ("short", "ndarray:int32", lambda rows: [*rows[:50], rows[50, :9]],
              "short/train/shard.00001.mds: sample 50 has 9 tokens, and others have 64; convert"),
             ("floats", "ndarray:float32", lambda rows: rows.astype(np.float32),
-             "floats/train/index.json: is damaged .its tokens are ndarray:float32, and not"),
+             "floats/train/index.json: its tokens are ndarray:float32, and not"),
             ("square", "ndarray:int32", lambda rows: [*rows[:50], rows[:2]],
              r"square/train/shard.0000\d.mds: sample 50 cannot be read .*its tokens are int32 \(2, 64\), and not a row"),
             ("odd", "bytes", lambda rows: [b"x" * 9], r"odd/train/shard.00000.mds: sample 0 cannot be read"),
@@ -169,14 +197,15 @@ def test_folders_and_settings_that_do_not_fit(tmp_path, folders, text_dataset):
     refused(tmp_path, "int32: has neither dataset.json nor valid/index.json; ", "null", "--data.path=null", source, BYTE)
     # A name that leads out of the folder, and what streaming would make of a shard that is unsafe to decode.
     index = json.loads((folders / "int32" / "train" / "index.json").read_text())
-    for change, said in ((lambda shard: shard["raw_data"].update(basename="../x"), "'../x' is no file of its folder"),
-                         (lambda shard: shard.update(column_names=["tokens", "tokens"]), "of the wrong kind"),
+    for change, said in ((lambda shard: shard["raw_data"].update(basename="../x"),
+                          "is damaged .'../x' is no file of its folder"),
+                         (lambda shard: shard.update(column_names=["tokens", "tokens"]), "is damaged .* of the wrong kind"),
                          (lambda shard: shard.update(column_encodings=["pkl"]), "its tokens are ndarray:int32 and pkl")):
         bad = json.loads(json.dumps(index))
         change(bad["shards"][2])
         (tmp_path / "bad" / "train").mkdir(parents=True, exist_ok=True)
         (tmp_path / "bad" / "train" / "index.json").write_text(json.dumps(bad))
-        refused(tmp_path, f"bad/train/index.json: is damaged .*{said}", tmp_path / "bad", BYTE)
+        refused(tmp_path, f"bad/train/index.json: {said}", tmp_path / "bad", BYTE)
     # Our own tell their tokenizer, and another one is not taken for it.
     assert TrainStream(make_config(tmp_path, text_dataset, BYTE)).vocab_size == 257
     ranks = tmp_path / "ranks"

@@ -362,7 +362,7 @@ def test_names_where_documents_were_left_out(tmp_path):
     (["FOREIGN"], "FOREIGN/dataset.json: is missing; where another tool wrote this, name its --tokenizer"),
     (["FOREIGN", "--tokenizer", "bite"], "did you mean byte?"),
     (["EMPTY", "--tokenizer", "byte"], "no folder with an index.json"),
-    (["FOREIGN", "--tokenizer", "byte", "--split", "x"], "FOREIGN/x/index.json: cannot be read"),
+    (["FOREIGN", "--tokenizer", "byte", "--split", "x"], "FOREIGN/x/index.json: is missing"),
 ])
 def test_bad_input(folders, foreign, inspect, tmp_path, arguments, message):
     places = {"PLAIN": folders / "plain", "FOREIGN": foreign[0] / "arrays", "EMPTY": tmp_path}

@@ -24,7 +24,7 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from test_bad_input import OWN_MOUNTS, may_mount
 from test_launch import ENV, ROOT, TORCHRUN
 from test_stream import make_config
-from test_train import SMALL
+from test_train import SMALL, train_run
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from nanogpt import convert, shards
@@ -355,10 +355,9 @@ def test_settings_that_cannot_work(tmp_path, faults, monkeypatch):
 
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
-RUN = ["launch/train.sh", "c.yaml", *SMALL, "--train.max_steps=24", "--train.micro_batch_size=6", "--run.dir=run",
+RUN = ["launch/train.sh", "c.yaml", *SMALL, "--train.max_steps=16", "--train.micro_batch_size=6", "--run.dir=run",
        "--train.global_batch_size=48", "--data.num_canonical_nodes=1", "--data.shuffle_block_size=120"]
 RUNS = {  # the command, where the data is, and the share of requests that fail
-    "local": ([*TORCHRUN, *RUN], "plain", 0),
     "shaky": ([*TORCHRUN, *RUN, "--data.cache_limit=40kb"], "s3://good/plain", 1 / 3),  # the shards take 80
     "missing": ([*TORCHRUN, *RUN], "s3://holey/plain", 0),
     "full": ([*OWN_MOUNTS, 'mount -t tmpfs -o size=48k none cache && exec "$@"', "-", "bash", *RUN,
@@ -381,7 +380,7 @@ def runs(request, buckets, folders, tmp_path_factory):
         (here / "cache").mkdir()
         for source in ("launch", "nanogpt"):
             (here / source).symlink_to(ROOT / source)
-        (here / "c.yaml").write_text(f"data: {{path: {folders / path if path == 'plain' else path}}}")
+        (here / "c.yaml").write_text(f"data: {{path: {path}}}")
         env = ENV | AWS | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "S3_ENDPOINT_URL": address}
         start = time.monotonic()
         done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=180)
@@ -416,17 +415,17 @@ def test_a_full_disk(runs):
                      "set data.cache_limit, or move data.cache_dir$", stderr)
 
 
-@needs("local", "shaky")
-def test_two_ranks_from_a_shaky_server(runs):
+@needs("shaky")
+def test_two_ranks_from_a_shaky_server(runs, ranks, folders, tmp_path):
     """A third of all requests fail, in all ways, and the cache is too small for the dataset: not one loss is another."""
-    lines = {}
-    for name in ("local", "shaky"):
-        status, stderr, _, here = runs[name].result()
-        assert status == 0 and not errors(stderr), stderr
-        lines[name] = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
+    (tmp_path / "c.yaml").write_text(f"data: {{path: {folders / 'plain'}}}")
+    local = ranks(2, train_run, [str(tmp_path / "c.yaml"), *RUN[2:], f"--run.dir={tmp_path / 'run'}"])[0]
+    status, stderr, _, here = runs["shaky"].result()
+    assert status == 0 and not errors(stderr), stderr
+    shaky = [json.loads(line) for line in (here / "run" / "metrics.jsonl").read_text().splitlines()]
     for key in ("step", "loss", "grad_norm"):
-        assert [m[key] for m in lines["shaky"]] == [m[key] for m in lines["local"]]
-    assert lines["shaky"][-1]["val_loss"] == lines["local"][-1]["val_loss"]
+        assert [m[key] for m in shaky] == [m[key] for m in local]
+    assert len(local) == 16 and shaky[-1]["val_loss"] == local[-1]["val_loss"]
 
 
 @needs("missing")

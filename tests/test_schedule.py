@@ -1,18 +1,15 @@
 """A batch and a block that grow with the step: the position is the sum of the batches, and the losses are a plain loop's."""
 
-import json
 import math
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import convert
 from test_launch import ENV, ROOT, TORCHRUN
-from test_stream import make_config, mixed, three  # noqa: F401
-from test_train import SMALL, STEPS, plain_optimizer
+from test_stream import convert, make_config, mixed, three  # noqa: F401
+from test_train import SMALL, STEPS, plain_optimizer, train_run
 
 from nanogpt import checkpoint
 from nanogpt.config import load_config
@@ -46,7 +43,8 @@ def test_sizes_sums_and_their_inverse(tmp_path, schedule):
     assert [train.sequences(n) for n in range(41)] == sums
     assert train.sequences(10**6) == sums[20] + (10**6 - 20) * 24
     assert [train.steps(n) for n in range(sums[40])] == [next(s for s in range(41) if sums[s] >= n) for n in range(sums[40])]
-    assert train.sizes() == {size: sizes.index(size) for size in sizes}
+    assert train.uneven(4) is None and train.uneven(8)[1:] == ("4, from step 0 on,", "8")
+    assert train.uneven(5)[1:] == ("4, from step 0 on,", "5")
     for tokens in (1, sums[5] * 16 - 1, sums[5] * 16, sums[5] * 16 + 1, sums[30] * 16 + 1):  # in the ramp, and after it
         config = scheduled(tmp_path, schedule, f"--train.max_tokens={tokens}", "--train.max_steps=null")
         assert sums[config.max_steps - 1] * 16 < tokens <= sums[config.max_steps] * 16
@@ -72,6 +70,7 @@ def test_steps_take_the_order_piece_by_piece_on_any_ranks(tmp_path, text_dataset
                     for batch in stream.micro_batches(step, rank, world_size) for sample in batch[:, 0]]
             assert seen == epochs[:ends[-1]].tolist()
     late = TrainStream(make_config(tmp_path, text_dataset, *options, "--data.num_canonical_nodes=1"), first_step=5)
+    assert late.epochs(20) == [(ends[20] - ends[5]) / plain.samples]  # of the data since it changed
     assert late.samples(5).tolist() == epochs[:sizes_of(schedule, 6)[5]].tolist()
     assert late.samples(20).tolist() == epochs[ends[20] - ends[5]:ends[21] - ends[5]].tolist()
 
@@ -126,36 +125,31 @@ def plain_loop(dataset, tmp_path):
     return losses
 
 
-def test_killed_within_the_ramp_and_resumed_on_fewer_ranks(tmp_path, text_dataset):
+def test_killed_within_the_ramp_and_resumed_on_fewer_ranks(tmp_path, text_dataset, ranks):
     """Two ranks by torchrun, killed; then one: each step once, with the losses of a plain loop, and tokens that add up."""
     (tmp_path / "c.yaml").write_text(f"data: {{path: {text_dataset}}}")
-    command = [str(ROOT / "launch" / "train.sh"), str(tmp_path / "c.yaml"), *SMALL, *GROWING, "--train.micro_batch_size=2",
-               f"--run.dir={tmp_path / 'run'}"]
+    argv = [str(tmp_path / "c.yaml"), *SMALL, *GROWING, "--train.micro_batch_size=2", f"--run.dir={tmp_path / 'run'}"]
     env = ENV | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     metrics = tmp_path / "run" / "metrics.jsonl"
-    process = subprocess.Popen([*TORCHRUN, *command, "--train.max_steps=13"], env=env, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([*TORCHRUN, str(ROOT / "launch" / "train.sh"), *argv, "--train.max_steps=13"], env=env,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    losses = plain_loop(text_dataset, tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and not (
             metrics.exists() and metrics.read_text().count("\n") >= 7):
         time.sleep(0.005)
     process.kill()  # its ranks end with it
     process.wait()
-    killed = metrics.read_text().count("\n")
-    losses = plain_loop(text_dataset, tmp_path)
-    assert 7 <= killed <= 13
-    again = subprocess.run([sys.executable, *command, "--train.max_tokens=8577"], env=env, capture_output=True, text=True,
-                           timeout=120)
-    assert again.returncode == 0, again.stderr
-    assert "resuming" in again.stdout and "2 -> 1 ranks" in again.stdout
-    assert "batch_schedule: linear [[0, 4], [9, 8], [15, 20]] by 4" in again.stdout
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert 7 <= metrics.read_text().count("\n") <= 13
+    lines = ranks(1, train_run, [*argv, "--train.max_tokens=8577"])[0]
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "resuming" in said and "2 -> 1 ranks" in said and "batch_schedule: linear [[0, 4], [9, 8], [15, 20]]" in said
     assert [m["step"] for m in lines] == list(range(1, 25))  # after 23 steps there are 8576 tokens
     assert [m["tokens"] for m in lines] == (np.cumsum(BATCHES) * 32).tolist()[:24]
     assert [m["loss"] for m in lines] == pytest.approx(losses[:24], rel=1e-4)
     state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
     assert (state["step"], state["tokens"]) == (24, 9216)
-    assert state["data_history"][0]["identity"]["train.batch_schedule"] == "linear [[0, 4], [9, 8], [15, 20]] by 4"
+    assert state["data_history"][0]["identity"]["train.batch_schedule"] == "linear [[0, 4], [9, 8], [15, 20]]"
 
 
 def test_what_a_schedule_may_not_be(tmp_path, text_dataset):
@@ -165,23 +159,23 @@ def test_what_a_schedule_may_not_be(tmp_path, text_dataset):
         assert "\n" not in str(error.value)
 
     make_config(tmp_path, text_dataset)
-    refused("^--train.batch_schedule: 4, from step 0 on, is not a multiple of 2 ranks x micro_batch_size 3 = 6; take 6, "
-            "and multiples of 6 for all$", "--train.batch_schedule={kind: stepped, points: [[0, 4], [9, 12]]}",
+    refused("^--train.batch_schedule: 4, from step 0 on, is not a multiple of 2 ranks x micro_batch_size 3 = 6; take 6$",
+            "--train.batch_schedule={kind: stepped, points: [[0, 4], [9, 12]]}",
             "--train.micro_batch_size=3", ranks=2)
-    refused("^--train.batch_schedule: 10, from step 4 on, is not a multiple of .* = 4; take 8 or 12, and",
-            "--train.micro_batch_size=4", "--train.batch_schedule={kind: linear, points: [[0, 8], [8, 12]], multiple: 2}")
+    refused("^--train.batch_schedule: 10, from step 4 on, is not a multiple of .* = 4; take 8 or 12$",
+            "--train.micro_batch_size=4", "--train.batch_schedule={kind: stepped, points: [[0, 8], [4, 10], [8, 12]]}")
     refused("^--train.batch_schedule: ends with 10, and train.global_batch_size is 12; make these the same$",
             "--train.batch_schedule={kind: stepped, points: [[0, 4], [9, 10]]}")
-    refused("batch_schedule: size 10 of its points is not a multiple of 4$",
+    refused("batch_schedule: size 10 of its points is not a multiple of the first, 4$",
             "--train.batch_schedule={kind: linear, points: [[0, 4], [9, 10]]}")
     for points in ("[[1, 12]]", "[[0, 4], [0, 12]]", "[[0, 4], [5, 8], [4, 12]]"):
-        refused("^--train.batch_schedule: its points are .* their steps must begin with 0 and rise",
+        refused("^--train.batch_schedule.points: its points are .* their steps must begin with 0 and rise",
                 f"--train.batch_schedule={{kind: stepped, points: {points}}}")
-    refused("^--train.batch_schedule: its points are .* sizes must be above 0 and not fall",
+    refused("^--train.batch_schedule.points: its points are .* sizes must be above 0 and not fall",
             "--train.batch_schedule={kind: stepped, points: [[0, 24], [5, 12]]}")
     refused("--train.batch_schedule: not valid YAML", "--train.batch_schedule={kind: stepped")
-    refused("^train.batch_schedule: the 6, from step 2 on, sequences of 16 tokens do not fill whole samples of 64; take "
-            "multiples of 4$", "--model.block_size=16",
+    refused("^train.batch_schedule: 6, from step 2 on, sequences of 16 tokens do not fill whole samples of 64; take 4 or 8$",
+            "--model.block_size=16",
             "--train.batch_schedule={kind: stepped, points: [[0, 4], [2, 6], [4, 12]]}")
     refused("^--train.block_schedule: ends with 32, and model.block_size is 64; make these the same$",
             "--train.block_schedule=[[0, 16], [5, 32]]")
@@ -190,8 +184,7 @@ def test_what_a_schedule_may_not_be(tmp_path, text_dataset):
 
 
 def test_no_block_schedule_for_pairs(tmp_path):
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "ask", "completion": "answer"}\n' * 90)
-    convert(tmp_path / "pairs.jsonl", tmp_path / "pairs", "--pairs")
+    convert([("ask", "answer")] * 90, tmp_path / "pairs")
     with pytest.raises(UserError, match=f"^train.block_schedule: would cut the pairs of {tmp_path}/pairs; leave it out$"):
         TrainStream(make_config(tmp_path, tmp_path / "pairs", "--train.global_batch_size=2",
                                 "--train.block_schedule=[[0, 16], [5, 64]]"))

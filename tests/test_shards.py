@@ -245,9 +245,9 @@ from nanogpt.tokenizer import from_name
 
 submit, submitted = convert._submit, []
 
-def slow(pool, task, data):
-    future = submit(pool, task, data)
-    submitted.append(task)
+def slow(pool, bundle):
+    future = submit(pool, bundle)
+    submitted.append(bundle)
     if len(submitted) == int(sys.argv[3]):
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
         time.sleep(60)

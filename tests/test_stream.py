@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import convert
 
+from nanogpt import convert as convert_module
 from nanogpt import stream as stream_module
 from nanogpt.config import load_config
+from nanogpt.documents import InMemory
 from nanogpt.errors import UserError
 from nanogpt.loss import IGNORE
-from nanogpt.stream import Split, TrainStream, tails
+from nanogpt.stream import Split, TrainStream
+from nanogpt.tokenizer import from_name
 
 
 def make_config(tmp_path, dataset, *options):
@@ -19,6 +21,13 @@ def make_config(tmp_path, dataset, *options):
     file.write_text(f"data: {{path: {dataset}}}\ntrain: {{max_steps: 100, global_batch_size: 12, micro_batch_size: 2}}\n"
                     f"model: {{block_size: 64}}\nrun: {{dir: {tmp_path}/run}}")
     return load_config([str(file), *options])
+
+
+def convert(text, out, tokenizer="byte", block_size=64, **options):
+    """A dataset of one text, or of (prompt, completion) pairs, as tools/convert_text_to_mds.py writes it."""
+    named = [("text.txt", text)] if isinstance(text, str) else [(f"pairs.jsonl:{i}", pair) for i, pair in enumerate(text)]
+    tok = tokenizer if tokenizer == "char" else from_name(tokenizer)
+    convert_module.convert(InMemory(named), out, tok, block_size, val_fraction=0.1, **options)
 
 
 def whole_text(dataset) -> np.ndarray:
@@ -115,7 +124,7 @@ def test_evaluation_counts_each_sequence_once_on_any_number_of_ranks(tmp_path, t
 
 
 def test_compressed_shards_are_read_and_left_as_they_are(tmp_path, text_dataset):
-    convert(text_dataset.parent / "text.txt", tmp_path / "zstd", "--compression", "zstd")
+    convert((text_dataset.parent / "text.txt").read_text(), tmp_path / "zstd", compression="zstd")
     before = sorted(p.name for p in (tmp_path / "zstd" / "train").iterdir())
     plain, packed = (TrainStream(make_config(tmp_path, d)) for d in (text_dataset, tmp_path / "zstd"))
     for a, b in zip(plain.batches(0, 3, 0, 1, torch.device("cpu")), packed.batches(0, 3, 0, 1, torch.device("cpu"))):
@@ -131,9 +140,9 @@ def three(text_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
     text = (text_dataset.parent / "text.txt").read_text()
     (folder / "b.txt").write_text(text[5000:20000])
-    convert(folder / "b.txt", folder / "b", "--stride", "24")
+    convert(text[5000:20000], folder / "b", stride=24)
     (folder / "c.txt").write_text(text[:3000])
-    convert(folder / "c.txt", folder / "c")
+    convert(text[:3000], folder / "c")
     return [text_dataset, folder / "b", folder / "c"]
 
 
@@ -221,17 +230,20 @@ def test_a_share_that_would_never_come_is_refused(tmp_path, three):
         TrainStream(load_config([str(file)]))
 
 
-def test_the_end_of_a_path_tells_datasets_apart():
-    for paths, names in ((["data/owt", "data/code"], ["owt", "code"]), (["a/mds", "b/mds/", "c"], ["a/mds", "b/mds", "c"]),
-                         (["mds", "a/mds"], ["mds", "a/mds"]), (["s3://x/y", "s3://x/y"], ["y", "y"])):
-        assert tails(paths) == names
+def test_what_the_losses_of_datasets_are_called(tmp_path, three):
+    a, b, c = (str(path) for path in three)
+    for paths, names in (([a], [""]), ([a, b + "/", a], ["mds", "b", "mds"]), ([a, a + "/"], ["mds", "mds"]),
+                         ([a, f"{{path: {a}, split: val}}", b], [f"{a}/train", f"{a}/val", f"{b}/train"])):
+        (tmp_path / "c.yaml").write_text(f"data: {{train: [{', '.join(paths)}]}}\nmodel: {{block_size: 64}}\n"
+                                         "train: {max_steps: 1, global_batch_size: 2, micro_batch_size: 1}")
+        assert [split.label for split in TrainStream(load_config([str(tmp_path / "c.yaml")])).splits] == names
 
 
 def test_a_mixture_needs_one_tokenizer_and_one_block(tmp_path, three):
-    convert(three[1].parent / "b.txt", tmp_path / "char", "--tokenizer", "char")
+    convert("abc " * 999, tmp_path / "char", "char")
     with pytest.raises(UserError, match="char: its tokenizer is .* the datasets of a mixture need the same one"):
         mixed(tmp_path, [three[0], tmp_path / "char", three[2]])
-    convert(three[1].parent / "b.txt", tmp_path / "long", "--block-size", "128")
+    convert("abc " * 999, tmp_path / "long", block_size=128)
     with pytest.raises(UserError, match="long: its block_size is 128"):
         mixed(tmp_path, [three[0], tmp_path / "long", three[2]])
 
@@ -333,7 +345,10 @@ def test_an_id_out_of_the_vocabulary_is_named(tmp_path, text_dataset):
 def test_dataset_json_and_config_must_fit(tmp_path, text_dataset):
     for options, said in ((["--model.block_size=48"], "neither the 64"),
                           (["--model.vocab_size=200"], "is below the 257 ids"),
-                          (["--train.global_batch_size=6", "--model.block_size=16"], "take a multiple of 4"),
+                          (["--train.global_batch_size=6", "--model.block_size=16"],
+                           "^train.global_batch_size: 6 sequences of 16 tokens do not fill whole samples of 64; take 4 or 8$"),
+                          (["--data.path=null", f"--data.train={{path: {text_dataset}, split: nope}}"],
+                           "^.*: has no nope split, but train and val$"),
                           (["--train.global_batch_size=5000"], "lower train.global_batch_size"),
                           (["--data.path=/nowhere"], "/nowhere")):
         with pytest.raises(UserError, match=said):

@@ -35,7 +35,7 @@ def main():
     add_shared(parser, val_fraction=0.0005, column="the dataset")
     args = parser.parse_args()
 
-    from nanogpt.documents import HuggingFace  # here, where `run` tells what is not installed
+    from nanogpt.hub import HuggingFace  # here, where `run` tells what is not installed
     from nanogpt.shards import check_options
     check_options(args.block_size, getattr(args, "stride", None), args.val_fraction, args.seed, args.workers)
     inputs = HuggingFace(args.hf_dataset, getattr(args, "hf_config", None), args.split, args.column,

@@ -17,6 +17,7 @@ end-of-text after it are trained on. The two are tokenized apart, as sampling ha
 belongs to the completion. A sample is filled with whole pairs, in their order.
 """
 
+import glob
 import os
 import shutil
 import sys
@@ -135,7 +136,8 @@ def main():
         inputs.options["paths"] = args.input
         convert_inputs(args, inputs)
     finally:
-        if "-" in args.input:
+        # Else the same text, piped again, goes on there.
+        if "-" in args.input and not any(out.parent.glob(f".{glob.escape(out.name)}*.partial")):
             shutil.rmtree(spool, ignore_errors=True)
 
 

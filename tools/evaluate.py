@@ -29,6 +29,8 @@ def main():
     parser.add_argument("--data", action="append", metavar="DATASET", help="of the loss: dataset folder or URL, several "
                         "times for several; nothing: what the run was trained on")
     parser.add_argument("--split", choices=["train", "val"], default="val", help="of the loss")
+    parser.add_argument("--tokenizer", metavar="NAME", help="of --data that has no dataset.json: gpt2, a ranks file or a "
+                        "tokenizer.json; nothing: the run's data.tokenizer")
     parser.add_argument("--sequences", type=int, help="of the loss: so many of the split's first; nothing: all")
     parser.add_argument("--block-size", type=int, help="of the loss: tokens of a sequence; nothing: the model's context")
     parser.add_argument("--limit", type=int, help="of the other tasks: so many of their first documents; nothing: all")
@@ -107,8 +109,10 @@ def load(args, device):
 
 def open_splits(args, text) -> list:
     """The datasets whose loss is asked for."""
+    import torch.distributed as dist
+
     from nanogpt.config import Config
-    from nanogpt.stream import Split
+    from nanogpt.stream import NoSplit, Split
     longest = text.model.config.block_size
     if args.block_size and args.block_size > longest:
         raise UserError(f"--block-size: {args.block_size} is above the {longest} of the model's context")
@@ -121,12 +125,24 @@ def open_splits(args, text) -> list:
         raise UserError(f"--data: {args.run or args.hf} comes without a dataset; name one that was made with its "
                         "tokenizer, or another --task")
     config.data.cache_dir = args.cache_dir or config.data.cache_dir
-    try:
-        folders = [(args.split, path) for path in args.data or ()]
-        folders = folders or [({"train": s.split, "val": s.val_split}[args.split], s.path) for s in config.data.sources]
-        return [Split(config, name, path) for name, path in folders]
-    except UserError as error:
-        raise UserError(str(error).replace("model.block_size", "--block-size")) from None
+    config.data.tokenizer = args.tokenizer or config.data.tokenizer
+    folders = [(args.split, path) for path in args.data or ()]
+    folders = folders or [({"train": s.split, "val": s.val_split}[args.split], s.path) for s in config.data.sources]
+    found, missing = [], []
+    for name, path in folders:
+        try:
+            found.append(Split(config, name, path))
+        except NoSplit as error:  # a run, too, goes without those of its datasets that have none
+            missing.append(error)
+        except UserError as error:
+            said = str(error).replace("model.block_size", "--block-size").replace("--data.tokenizer", "--tokenizer")
+            raise UserError(said.replace("data.tokenizer:", "--tokenizer:")) from None
+    if missing and (args.data or not found):
+        raise missing[0]
+    if dist.get_rank() == 0:
+        for error in missing:
+            print(f"note: left out: {error}", file=sys.stderr)
+    return found
 
 
 def rows(metrics, **what) -> list[dict]:

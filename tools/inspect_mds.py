@@ -56,13 +56,16 @@ def read_shard(folder: Path, shard: dict, card: dict):
     """
     import numpy as np
 
+    from nanogpt.shards import import_streaming
+
     info = files_there(folder, shard)[0]
     path = folder / info["basename"]
     try:
         data = path.read_bytes()
         if info is shard["zip_data"]:
-            import zstd
-            data = zstd.decompress(data)
+            import_streaming()
+            from streaming.base.compression import decompress
+            data = decompress(shard["compression"], data)  # another tool may have taken gz, or one of its kind
         if card["dtype"] == "foreign":
             return np.stack([foreign_tokens(data, shard, i) for i in range(shard["samples"])])
         dtype = np.dtype(card["dtype"])
@@ -772,7 +775,7 @@ def names_of_documents(card: dict):
         inputs = documents.text_files(said["paths"], said["glob"], errors=said["errors"], format=said["format"],
                                       column=said["column"], separator=separator and separator.encode(),
                                       pairs=said["kind"] == "pair files")
-        source = inputs.scan(said["val_fraction"], cuttable=False)
+        source = inputs.scan(said["val_fraction"], cuttable=True)
         if any(said[key] != value for key, value in source.identity.items() if key != "paths"):
             return lambda first, last: []
         val = validation(source.documents, said["val_fraction"], said["seed"], said["like_nanogpt"], source.single)
