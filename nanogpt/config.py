@@ -106,8 +106,8 @@ class Data(Section):
         None, min_length=1, description="in place of path: one dataset, or several, mixed, as [{path: data/owt, proportion: "
         "0.7}, {path: data/code, proportion: 0.3}]; in place of proportion, all may have repeat, how often each is gone "
         "through, or samples, how many of each come in a round")
-    tokenizer: str | None = Field(None, min_length=1, description="of MDS without a dataset.json, as llm-foundry writes it: gpt2, a ranks "
-                                  "file or a tokenizer.json")
+    tokenizer: str | None = Field(None, min_length=1, description="of MDS without a dataset.json, as llm-foundry writes it: "
+                                  "gpt2, a ranks file or a tokenizer.json")
     mixture: Literal["random", "stratified"] = Field("random", description="random: each sample's dataset is drawn; "
                                                      "stratified: every step holds them in proportion")
     cache_dir: str | None = Field(None, description="where shards of a URL are kept (default: RUN_DIR/cache)")
@@ -216,7 +216,7 @@ class Optim(Section):
 
 class BatchSchedule(Section):
     """A global batch that grows: [step, size] points, the last of train.global_batch_size."""
-    kind: Literal["linear", "stepped"] = Field(description="linear: between its points, rounded down to multiples of the first")
+    kind: Literal["linear", "stepped"]  # linear: between its points, rounded down to multiples of the first size
     points: Points
 
     @model_validator(mode="after")
@@ -422,7 +422,8 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
                   "credentials come from the environment"
     kinds = [{"proportion", "repeat", "samples"} & source.model_dump().keys() or {"proportion"} for source in c.data.sources]
     if len(kinds := sorted(set().union(*kinds))) > 1:
-        yield ["data.train"], f"its datasets have {' and '.join(kinds)}; give all of them the same one (default: proportion 1)"
+        yield (["data.train"],
+               f"its datasets have {' and '.join(kinds)}; give all of them the same one (default: proportion 1)")
     if not c.run.init_from:  # else the shape is not known yet
         yield from _of_shape(c)
     if c.train.max_steps is None and c.train.max_tokens is None and not c.eval.only:

@@ -29,11 +29,12 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.documents import Inputs, Source, Task
-from nanogpt.errors import UserError
+from nanogpt.errors import Unread, UserError
 from nanogpt.shards import FORMAT, PAIRS, PairWriter, SplitWriter, check_options, load_dataset_card
 from nanogpt.tokenizer import Tokenizer, from_json, make
 
 NOTE_S = 2     # seconds between two notes of the state
+TELL_S = 60    # seconds between two lines in a log, where there is no terminal
 GROUP = 32     # tasks whose documents are shuffled among each other
 BUNDLE = 1 << 18  # bytes of text that a worker gets at least
 PIECE = 1 << 20  # ids that are held at a time, of those that are there already
@@ -91,6 +92,7 @@ def convert(inputs: Inputs, out, tokenizer: Tokenizer | str, block_size: int, *,
 
     with _Place(out) as place:
         if there := place.already_there(card, inputs, scan, overwrite):
+            place.sweep()
             return there, False
         job = _Job(place, card, inputs, scan, tokenizer, overwrite)
         job.run(workers)
@@ -142,17 +144,26 @@ def _write_tokens(splits: dict[str, np.ndarray], folder: Path, tokenizer: Tokeni
 
 # ---- where it is written --------------------------------------------------------------------------------------------
 
+def partial_folder(out) -> Path:
+    """Where a dataset is made: beside the folder it is to be; for a URL, in the current folder. UserError: no such place."""
+    if "://" in str(out):
+        url = str(out).rstrip("/")
+        return Path.cwd() / f".{url.rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.partial"
+    try:
+        out = Path(out).resolve()
+    except (OSError, RuntimeError) as error:  # links that lead to each other
+        raise UserError(f"{out}: leads nowhere ({error}); take another --out") from None
+    return out.parent / f".{out.name}.partial"
+
+
 class _Place:
     """The folder or URL of a dataset, and the partial folder beside it (for a URL: here) in which it is made."""
 
     def __init__(self, out):
         self.url = str(out).rstrip("/") if "://" in str(out) else None
-        if self.url:
-            digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
-            self.partial = Path.cwd() / f".{self.url.rsplit('/', 1)[-1]}-{digest}.partial"
-        else:
+        self.partial = partial_folder(out)
+        if not self.url:
             self.out = Path(out).resolve()
-            self.partial = self.out.parent / f".{self.out.name}.partial"
         self.name, self.dataset = self.url or self.out, self.partial / "dataset"
         self.made = False
 
@@ -163,10 +174,10 @@ class _Place:
         if not self.made:
             return
         if isinstance(error, BadText) or not (self.partial / "state.json").exists():  # nothing is done yet
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self._remove()
         elif error and not isinstance(error, UserError):
             print(f"note: what is done is kept in {self.partial}; the same command goes on from there", file=sys.stderr)
-        self.lock.release()
+        self.lock.release()  # again, where it is removed: that does no harm
         if isinstance(error, OSError):
             raise UserError(f"{error.filename or self.name}: cannot be written ({error.strerror or error}); make room, or take "
                             "another --out") from error
@@ -180,7 +191,12 @@ class _Place:
             if old and overwrite:
                 raise UserError(f"{self.url}: holds a dataset, and --overwrite is for folders; remove it, or take another --out")
         else:
-            old, written = self._local_card(overwrite)
+            try:
+                if os.path.ismount(self.out):
+                    raise UserError(f"{self.out}: is where a disk is mounted, and cannot be replaced; take a folder in it")
+                old, written = self._local_card(overwrite)
+            except OSError as error:
+                raise UserError(f"{self.out}: cannot be read ({error.strerror}); take another --out") from None
         if old is None or overwrite:
             return None
         wanted = card["tokenizer"]
@@ -190,8 +206,9 @@ class _Place:
             same["dtype"] = old["dtype"] == card["dtype"]
         same |= {f"source.{key}": old["source"].get(key) == value for key, value in card["source"].items() if key != "paths"}
         if inputs and all(same.values()):
-            unchanged = not inputs.newest or (  # 0: a revision of the hub, whose name is among the options
-                inputs.newest < written and [old["source"].get(key) for key in ("bytes", "files")] == [inputs.bytes, len(inputs.files)])
+            known = {key: old["source"].get(key) for key in ("paths", "bytes", "files")}
+            unchanged = not inputs.newest or inputs.newest < written and known == dict(  # 0: a fixed revision of the hub
+                paths=inputs.options["paths"], bytes=inputs.bytes, files=len(inputs.files))
             if not unchanged:
                 same |= {f"source.{key}": old["source"].get(key) == value for key, value in scan().identity.items()
                          if key != "paths"}
@@ -212,7 +229,7 @@ class _Place:
     def _remote_card(self) -> dict | None:
         from nanogpt.upload import fetch
         there = self._scratch() / "there"
-        return load_dataset_card(there) if fetch(f"{self.url}/dataset.json", there / "dataset.json") else None
+        return load_dataset_card(there) if fetch("dataset.json", there, self.url) else None
 
     # ---- making it
 
@@ -233,6 +250,7 @@ class _Place:
 
     def clear(self):
         """Throws away what an earlier conversion left."""
+        (self._scratch() / "plan.json").unlink(missing_ok=True)  # without it nothing goes on from the rest
         for path in self._scratch().iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -263,6 +281,7 @@ class _Place:
         else:
             aside = self.partial / "old"
             if self.out.exists():
+                self._local_card(overwrite=True)  # UserError: somebody has put something else there meanwhile
                 os.rename(self.out, aside)
             try:
                 os.rename(self.dataset, self.out)
@@ -270,9 +289,20 @@ class _Place:
                 if aside.exists():
                     os.rename(aside, self.out)
                 raise
+        self._remove()
+
+    def _remove(self):
+        """Removes the partial folder; first the plan, without which nothing goes on from what a kill leaves of it."""
+        (self.partial / "plan.json").unlink(missing_ok=True)
         shutil.rmtree(self.partial, ignore_errors=True)
         self.made = False
         self.lock.release()
+
+    def sweep(self):
+        """Removes what a process left that was killed when it had published, and nothing that can still go on."""
+        if self.url or self.partial.exists() and not self.dataset.exists():
+            self._scratch()
+            self._remove()
 
     def upload_shards(self, names: list[str]):
         """The complete shards that a state has noted go up, and are gone here. What is not here any more is there."""
@@ -293,9 +323,9 @@ class _Job:
     def __init__(self, place: _Place, card: dict, inputs: Inputs, scan, tokenizer: Tokenizer | str, overwrite: bool):
         """Takes up what an earlier process left, or makes a plan. UserError: it left something else."""
         self.place, self.trained = place, isinstance(tokenizer, str) and tokenizer != "char"
-        plan = place._scratch() and place.read("plan.json")
+        plan = place.read("plan.json") if place._scratch() and place.dataset.exists() else None  # not there: published
         state = place.read("state.json") if plan else None
-        asked = {**card, "files": len(inputs.files), "bytes": inputs.bytes}
+        asked = {**card, "files": inputs.files, "bytes": inputs.bytes}
         if plan and not (differs := differences(plan["asked"], asked)):
             self.source = Source.load(place.partial / "source")
             if changed := self.source.changed():
@@ -356,11 +386,11 @@ class _Job:
     def _write(self, workers: int):
         from tqdm import tqdm
 
-        waiting, began = [], time.monotonic()
+        waiting, began, first = [], time.monotonic(), self.done
         told = noted = began
         before = sum(writer.tokens for writer in self.writers.values())
         results = _told(_results(self.source, self.order[self.done:], self.tokenizer, self.val, self.card, workers))
-        bar_format = "{percentage:3.0f}%|{bar}| {desc} [{elapsed}, {remaining} left]"
+        bar_format = "{percentage:3.0f}%|{bar}| {desc}, {elapsed}, {remaining} left"
         with contextlib.closing(results), \
                 tqdm(total=len(self.order), initial=self.done, bar_format=bar_format, disable=None) as bar:
             for position, result in enumerate(results, self.done):
@@ -379,10 +409,11 @@ class _Job:
                 now = time.monotonic()
                 tokens = sum(writer.tokens for writer in self.writers.values())
                 documents = sum(writer.documents for writer in self.writers.values())
-                said = f"{documents:,} documents, {tokens:,} tokens, {(tokens - before) / (now - began):,.0f} tokens/s"
+                short = [tqdm.format_sizeof(n) for n in (documents, tokens, (tokens - before) / max(1e-9, now - began))]
+                said = f"{short[0]} documents, {short[1]} tokens, {short[2]} tokens/s"
                 bar.set_description_str(said, refresh=False)
-                if bar.disable and now > told + 60:  # into a log, now and then
-                    left = (now - began) / max(1, self.done - bar.initial) * (len(self.order) - self.done)
+                if bar.disable and now > told + TELL_S:  # into a log
+                    left = (now - began) / max(1, self.done - first) * (len(self.order) - self.done)
                     print(f"{self.done / len(self.order):.0%}  {said}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
                     told = now
                 if now > noted + NOTE_S:
@@ -484,7 +515,7 @@ def _results(source: Source, order: np.ndarray, tokenizer: Tokenizer, val: np.nd
         waiting = deque()
         for bundle in _bundles(source, order):
             waiting.append(_submit(pool, bundle))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > 3 * workers + 12:  # they have to do while this process waits for the disk
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
@@ -497,7 +528,7 @@ def _results(source: Source, order: np.ndarray, tokenizer: Tokenizer, val: np.nd
 def _told(results):
     try:
         yield from results
-    except WorkerLost:
+    except (WorkerLost, Unread):
         raise
     except UserError as error:
         raise BadText(str(error)) from None

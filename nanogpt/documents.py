@@ -27,7 +27,7 @@ from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 
-from nanogpt.errors import UserError
+from nanogpt.errors import Unread, UserError
 
 CHUNK = 1 << 20  # bytes of text a task
 GROUP = 8  # row groups of up to so many CHUNKs are one task
@@ -149,16 +149,18 @@ def text_files(inputs: list[str], pattern: str = "*", out="", *, errors: str = "
 
 def find_files(inputs: list[str], pattern: str, out) -> list[Path]:
     """The files of all inputs in their order, those of a folder or of a glob sorted by path, each once."""
-    out = "" if "://" in str(out) else out
+    where = Path.cwd() if "://" in str(out) else Path(out).resolve() if out else None  # a URL's shards wait here
     files = {}
     for given in inputs:
-        paths = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+        found = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+        paths = [path for path in found if path == given or Path(path).resolve() != where]
         if not paths:
             raise UserError(f"{given}: is not there; --input takes files, folders and quoted globs")
         for path in map(Path, paths):
             if path.is_dir():
-                if out and Path(out).resolve().is_relative_to(path.resolve()):
-                    raise UserError(f"{out}: lies inside the input {path}; take an --out elsewhere")
+                if where and where.is_relative_to(path.resolve()):
+                    raise UserError(f"{out}: lies inside the input {path}; take an --out elsewhere" if "://" not in str(out) else
+                                    f"{path}: holds the current folder, where the shards of {out} wait; go to another one")
                 walk = os.walk(path, onerror=_stop)
                 found = [Path(folder, name) for folder, _, names in walk for name in fnmatch.filter(names, pattern)]
                 found = sorted(file for file in found if file.is_file())
@@ -689,9 +691,9 @@ def readable(file: File):
         raise
     except Exception as error:
         if file.mtime_ns < 0:  # of whichever HTTP library
-            raise UserError(f"{file.path}: cannot be read ({said(error)}); the same command goes on where it was") from None
+            raise Unread(f"{file.path}: cannot be read ({said(error)}); the same command goes on where it was") from None
         if isinstance(error, OSError) and error.strerror:
-            raise UserError(f"{file.path}: cannot be read ({error.strerror})") from None
+            raise Unread(f"{file.path}: cannot be read ({error.strerror})") from None
         if isinstance(error, OSError) or type(error).__module__.startswith("pyarrow"):
             raise UserError(f"{file.path}: is damaged, or of another kind than its name says ({said(error)}); mend it, or "
                             "leave it out") from None

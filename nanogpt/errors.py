@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something the user can mend: what is wrong, where, and what to type instead. One line a problem."""
 
 
+class Unread(UserError):
+    """An input that could not be read this time; what was done before is good."""
+
+
 class PeerLost(UserError):
     """Another rank does not answer. Why, it tells itself, if it can."""
 
@@ -37,6 +41,8 @@ def report(error):
 
 def run(main):
     """Runs a command's `main()` and exits: 0 when it returns, 1 on a UserError, 75 on Stopped, 130 on Ctrl-C."""
+    if sys.stderr is None:  # closed; and the next file that is opened must not become it
+        sys.stderr = open(os.devnull, "w")
     try:
         main()
     except UserError as error:

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt.errors import UserError
-from nanogpt.tokenizer import Tokenizer
 
 FORMAT = 1
 MAX_BLOCK = 1 << 20
@@ -251,7 +250,10 @@ class ShardWriter:
             import xxhash
             import zstd
             data = zstd.compress(path.read_bytes(), 3)  # streaming's level
-            complete.with_name(f"{complete.name}.zstd").write_bytes(data)
+            with open(complete.with_name(f"{complete.name}.zstd"), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a state is going to count on it
             zipped = dict(basename=f"{complete.name}.zstd", bytes=len(data), hashes={"xxh64": xxhash.xxh64(data).hexdigest()})
             self.needed.append(path)
         else:

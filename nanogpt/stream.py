@@ -74,8 +74,9 @@ class Split:
         self.card = self._card(root, tok)
         self.foreign, index = self.card is None, self.folder / "index.json"
         if not self.foreign and name not in self.card["splits"]:
-            raise NoSplit(f"{path}: has no {name} split" + ("; convert again, with --val-fraction above 0" if name == "val" else
-                                                            f", but {' and '.join(self.card['splits'])}"))
+            others = f", but {' and '.join(self.card['splits'])}"
+            raise NoSplit(f"{path}: has no {name} split"
+                          + ("; convert again, with --val-fraction above 0" if name == "val" else others))
         try:
             if self.remote:
                 download(f"{path}/{name}/index.json", index)
@@ -84,8 +85,8 @@ class Split:
         except NotThere:
             if not self.foreign:
                 raise
-            raise NoSplit(f"{path}: has neither dataset.json nor {name}/index.json; mend the path, or name the folders of its "
-                          f"splits: data.train: {{path: {path}, split: train_small, val_split: val_small}}") from None
+            raise NoSplit(f"{path}: has neither dataset.json nor {name}/index.json; mend the path, or name the folders of "
+                          f"its splits: data.train: {{path: {path}, split: train_small, val_split: val_small}}") from None
         if self.foreign:
             length = foreign.check_index(index, f"{path}/{name}/index.json")
         else:

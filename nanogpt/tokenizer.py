@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -337,13 +339,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=sorted(byte_of),
                                   show_progress=sys.stderr.isatty())
-    encoder.train_from_iterator(_pieces(texts), trainer)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None  # else Ctrl-C waits for the library, for minutes
+    try:
+        encoder.train_from_iterator(_pieces(texts), trainer)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
     tokens = [bytes([i]) for i in range(256)]
     for pair in json.loads(encoder.to_str())["model"]["merges"]:
         tokens.append(bytes(byte_of[character] for character in "".join(pair).replace(" ", "")))
     if len(tokens) + 1 < vocab_size:
         raise UserError(f"the text is too small for a vocabulary of {vocab_size} ids: it gives {len(tokens) + 1}, the pairs "
-                        f"that occur twice or more; take bpe-{len(tokens) + 1} or less, or more text")
+                        f"that occur twice or more; take --train-bpe {len(tokens) + 1} or less, or more text")
     return _from_ranks(f"bpe-{vocab_size}", {token: i for i, token in enumerate(tokens)}, where=f"bpe-{vocab_size}")
 
 

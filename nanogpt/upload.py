@@ -10,29 +10,36 @@ from streaming.base.storage.download import CloudDownloader
 from streaming.base.storage.upload import CloudUploader
 
 ATTEMPTS = 5
-uploaders = {}  # a connection for each URL
+uploaders = {}  # a connection for each (folder, URL)
 
 
-def fetch(remote: str, local: Path) -> bool:
-    """Gets a small file; False: it is not there. UserError: nobody knows."""
-    local.parent.mkdir(parents=True, exist_ok=True)
+def fetch(name: str, folder: Path, url: str) -> bool:
+    """Gets a small file of `url` into `folder`; False: it is not there. UserError: nobody knows, or there is no such bucket."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = False
     try:
-        CloudDownloader.direct_download(remote, str(local), TIMEOUT_S)
+        there = _uploader(folder, url)  # asks for the bucket
+        CloudDownloader.direct_download(f"{url}/{name}", str(folder / name), TIMEOUT_S)
         return True
     except Exception as error:  # of as many kinds as there are stores
-        if isinstance(error, FileNotFoundError) or any(sign in str(error).lower() for sign in ("not found", "404", "nosuchkey")):
+        if there and (isinstance(error, FileNotFoundError) or "not found" in str(error)):
             return False
-        raise UserError(f"{remote}: cannot be reached ({one_line(error)}); are URL and credentials right?") from None
+        raise UserError(f"{url}: cannot be reached ({one_line(error)}); are URL and credentials right?") from None
 
 
 def upload(paths: list[Path], folder: Path, url: str):
     """Puts files of `folder` to the same names under `url`, and removes them here. UserError: one could not be put there."""
     try:
-        if url not in uploaders:
-            logging.getLogger("streaming").setLevel(logging.ERROR)  # it warns of a folder that is not empty
-            uploaders[url] = CloudUploader.get((str(folder), url), retry=ATTEMPTS, exist_ok=True)
+        to = _uploader(folder, url)
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda path: uploaders[url].upload_file(str(path.relative_to(folder))), paths))
+            list(threads.map(lambda path: to.upload_file(str(path.relative_to(folder))), paths))
     except Exception as error:
         raise UserError(f"{url}: cannot be written ({one_line(error)}); are URL and credentials right? What is done is kept "
                         "here, and the same command goes on") from None
+
+
+def _uploader(folder: Path, url: str) -> CloudUploader:
+    if (folder, url) not in uploaders:
+        logging.getLogger("streaming").setLevel(logging.ERROR)  # it warns of a folder that is not empty
+        uploaders[folder, url] = CloudUploader.get((str(folder), url), retry=ATTEMPTS, exist_ok=True)
+    return uploaders[folder, url]

@@ -260,6 +260,13 @@ def test_files_that_change(tmp_path, capsys, monkeypatch):
     status, _, stderr = call_tool(capsys, monkeypatch, *arguments)
     assert one_line(status, stderr) and "holds another dataset (source.xxh3_128)" in stderr
 
+    other = tmp_path / "other.txt"
+    other.write_text("some text " * 999 + "other text")
+    time.sleep(0.01)
+    os.utime(out / "dataset.json")  # younger than both
+    status, _, stderr = call_tool(capsys, monkeypatch, *(other if argument == text else argument for argument in arguments))
+    assert one_line(status, stderr) and "holds another dataset (source.xxh3_128)" in stderr
+
     encode = engine._encode
 
     def changing(*arguments):
@@ -270,6 +277,31 @@ def test_files_that_change(tmp_path, capsys, monkeypatch):
     status, _, stderr = call_tool(capsys, monkeypatch, *arguments, "--overwrite")
     assert one_line(status, stderr) and f"{text}: was changed while it was read" in stderr
     assert load_dataset_card(out)["source"]["bytes"] == 10_000  # the old one
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    def coming(*arguments):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+        return encode(*arguments)
+
+    encode = engine._encode
+    monkeypatch.setattr(engine, "_encode", coming)
+    with pytest.raises(UserError, match="out: exists and is not a dataset folder"):
+        convert(InMemory(DOCUMENTS), tmp_path / "out", BYTE, 16)
+    os.rename(tmp_path / "out", tmp_path / "mine")
+    monkeypatch.setattr(engine, "_encode", None)  # all of it is done
+    convert(InMemory(DOCUMENTS), tmp_path / "out", BYTE, 16)
+    assert sorted(os.listdir(tmp_path)) == ["mine", "out"] and os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_in_a_log(tmp_path, monkeypatch, capsys):
+    """Where there is no terminal for a bar, a line now and then."""
+    monkeypatch.setattr(documents, "CHUNK", 500)
+    monkeypatch.setattr(engine, "TELL_S", 0)
+    convert(InMemory(DOCUMENTS), tmp_path / "out", BYTE, 16, val_fraction=0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2 and lines[-1].startswith("100%  40.0 documents, ") and lines[-1].endswith(" tokens/s, 0 min left")
 
 
 # ---- in another order -----------------------------------------------------------------------------------------------

@@ -352,7 +352,7 @@ def test_the_trainer_gets_a_text_in_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize("texts, size, message", [
-    (["ab ab abc"], 1000, "too small for a vocabulary of 1000 ids: it gives 259.*take bpe-259 or less"),
+    (["ab ab abc"], 1000, "too small for a vocabulary of 1000 ids: it gives 259.*take --train-bpe 259 or less"),
     ([], 258, "too small for a vocabulary of 258 ids: it gives 257"),
     (["ab ab"], 256, "256 ids is out of range; take 257"),
     (["ab ab"], 10**12, "out of range"),

@@ -9,6 +9,7 @@ and do nothing else. Then the converter, as a command, on a text file of documen
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ def _bare(path, name, i, workers, ready, results):
     with open(path, "rb") as file:
         file.seek(size * i // workers)
         documents = file.read(size // workers).decode(errors="replace").split(SEPARATOR)
-    tokenizer = from_name(name, documents[:100])
+    tokenizer = from_name(name, documents)
     encode = getattr(getattr(tokenizer, "_encoding", None), "encode_ordinary", tokenizer.encode)
     encode(documents[0])
     ready.wait()
@@ -94,7 +95,7 @@ def main():
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="a text; it is repeated, and cut into documents")
     parser.add_argument("--tokenizer", default="gpt2", help="as in convert_text_to_mds.py")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of both")
-    parser.add_argument("--megabytes", type=int, default=200, help="of text for the speed")
+    parser.add_argument("--megabytes", type=int, default=1000, help="of text for the speed")
     parser.add_argument("--rounds", type=int, default=3, help="turns")
     parser.add_argument("--memory", type=int, nargs=2, metavar="MB", default=[10, 1000], help="sizes at which memory is compared")
     args = parser.parse_args()
@@ -118,7 +119,7 @@ def main():
             ratios.append(speed / alone)
             print(f"round {i + 1}: bare {alone:,.0f} tokens/s, converted {speed:,.0f} tokens/s, ratio {ratios[-1]:.3f}", flush=True)
         print(f"{args.tokenizer}, {args.workers} workers, {args.megabytes} MB: the conversion keeps "
-              f"{sorted(ratios)[len(ratios) // 2]:.1%} (median) of the bare tokenizer's speed, startup included")
+              f"{statistics.median(ratios):.1%} of the bare tokenizer's speed, startup included")
         text.unlink()
         peaks = []
         for megabytes in args.memory:

@@ -17,7 +17,6 @@ end-of-text after it are trained on. The two are tokenized apart, as sampling ha
 belongs to the completion. A sample is filled with whole pairs, in their order.
 """
 
-import glob
 import os
 import shutil
 import sys
@@ -80,6 +79,8 @@ def convert_inputs(args, inputs, like_nanogpt: bool = False):
         raise UserError(f"--shuffle-documents: {seed} is out of range; take 0 or more")
     if size is not None and size < 1:
         raise UserError(f"--train-bpe: {size} is out of range; take a number of tokens, like 4096")
+    if size is not None and args.tokenizer != "gpt2":
+        raise UserError("--train-bpe: makes a tokenizer; leave out --tokenizer")
     tokenizer = f"bpe-{size}" if size is not None else args.tokenizer
     if tokenizer != "char" and size is None:
         tokenizer = from_name(tokenizer)
@@ -87,8 +88,8 @@ def convert_inputs(args, inputs, like_nanogpt: bool = False):
                             val_fraction=args.val_fraction, seed=args.seed, workers=args.workers,
                             compression=None if args.compression == "none" else args.compression, overwrite=args.overwrite,
                             skip_long=inputs.pairs and args.errors == "skip", shuffle=seed, like_nanogpt=like_nanogpt)
-    made_of = card["tokenizer"]
-    print(f"{args.out}: {'written' if written else 'is there already (--overwrite would make it anew)'}, "
+    made_of, again = card["tokenizer"], "" if "://" in str(args.out) else " (--overwrite would make it anew)"
+    print(f"{args.out}: {'written' if written else 'is there already' + again}, "
           f"tokenizer {made_of['name']} with {made_of['vocab_size']:,} ids, block size {args.block_size}")
     what = {"empty": "empty documents", "undecodable": "documents that are not UTF-8 or have no text",
             "no pair": "lines that are no pair", "too long": "pairs that are longer than a sample"}
@@ -119,6 +120,7 @@ def main():
     add_shared(parser, val_fraction=0.01, column="JSONL and Parquet")
     args = parser.parse_args()
 
+    from nanogpt.convert import partial_folder
     from nanogpt.documents import spool_stdin, text_files, unescape  # here, where `run` tells what is not installed
     from nanogpt.shards import check_options
     check_options(args.block_size, getattr(args, "stride", None), args.val_fraction, args.seed, args.workers, args.pairs)
@@ -127,17 +129,18 @@ def main():
         raise UserError("--pairs: its files are JSONL; leave out --format and --document-separator")
     if separator is not None:
         separator = unescape(separator)
-    out = Path.cwd() / args.out.rpartition("/")[2] if "://" in args.out else Path(args.out)
-    spool = out.parent / f".{out.name}.stdin"
+    partial = partial_folder(args.out)
+    spool = partial.with_suffix(".stdin")
     try:
         paths = [str(spool_stdin(spool)) if path == "-" else path for path in args.input]
         inputs = text_files(paths, args.glob, args.out, errors=args.errors, format=format, column=args.column,
                             separator=separator, pairs=args.pairs)
         inputs.options["paths"] = args.input
+        if not inputs.bytes:  # before a vocabulary is looked for
+            raise UserError(f"{' '.join(args.input)}: holds no {'pair' if args.pairs else 'text'}; give files that are not empty")
         convert_inputs(args, inputs)
     finally:
-        # Else the same text, piped again, goes on there.
-        if "-" in args.input and not any(out.parent.glob(f".{glob.escape(out.name)}*.partial")):
+        if "-" in args.input and not partial.exists():  # else the same text, piped again, goes on there
             shutil.rmtree(spool, ignore_errors=True)
 
 
