@@ -24,7 +24,7 @@ import xxhash
 from filelock import FileLock
 
 from nanogpt.config import Config
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, one_line
 from nanogpt.shards import file_hash, import_streaming
 
 streaming = import_streaming()
@@ -300,7 +300,3 @@ def damage(path: Path, info, hashed: bool = True) -> str | None:
     except FileNotFoundError:
         return "is missing"
     return None
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -12,6 +12,7 @@ shards are good. A killed conversion goes on from there.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -83,13 +84,7 @@ def convert(inputs: Inputs, out, tokenizer: Tokenizer | str, block_size: int, *,
                        "compression": compression, "skip_long": skip_long, "shuffle": shuffle,
                        "like_nanogpt": like_nanogpt}}
     card["dtype"] = PAIRS if inputs.pairs else "" if isinstance(tokenizer, str) else tokenizer.dtype.name  # "": not known yet
-    scanned = []
-
-    def scan() -> Source:
-        if not scanned:
-            scanned.append(inputs.scan(val_fraction, True if isinstance(tokenizer, str) else tokenizer.cuttable))
-        return scanned[0]
-
+    scan = functools.cache(lambda: inputs.scan(val_fraction, True if isinstance(tokenizer, str) else tokenizer.cuttable))
     with _Place(out) as place:
         if there := place.already_there(card, inputs, scan, overwrite):
             place.sweep()
@@ -199,20 +194,16 @@ class _Place:
                 raise UserError(f"{self.out}: cannot be read ({error.strerror}); take another --out") from None
         if old is None or overwrite:
             return None
-        wanted = card["tokenizer"]
-        same = {"block_size": old["block_size"] == card["block_size"],
-                "tokenizer": old["tokenizer"]["name"] == wanted if isinstance(wanted, str) else old["tokenizer"] == wanted}
-        if card["dtype"]:
-            same["dtype"] = old["dtype"] == card["dtype"]
-        same |= {f"source.{key}": old["source"].get(key) == value for key, value in card["source"].items() if key != "paths"}
-        if inputs and all(same.values()):
+        made = isinstance(card["tokenizer"], str)  # of the text
+        differs = differences({**old, "tokenizer": old["tokenizer"]["name"]} if made else old,
+                              {key: card[key] for key in ("tokenizer", "block_size", "dtype", "source") if card[key] != ""})
+        if inputs and not differs:
             known = {key: old["source"].get(key) for key in ("paths", "bytes", "files")}
             unchanged = not inputs.newest or inputs.newest < written and known == dict(  # 0: a fixed revision of the hub
                 paths=inputs.options["paths"], bytes=inputs.bytes, files=len(inputs.files))
             if not unchanged:
-                same |= {f"source.{key}": old["source"].get(key) == value for key, value in scan().identity.items()
-                         if key != "paths"}
-        if differs := [key for key, good in same.items() if not good]:
+                differs = differences(old["source"], scan().identity, "source.")
+        if differs:
             raise UserError(f"{self.name}: holds another dataset ({', '.join(differs)}); take another --out"
                             + (" or --overwrite" if not self.url else ""))
         return old
@@ -442,12 +433,12 @@ class _Job:
 
 
 def differences(was: dict, now: dict, where: str = "") -> list[str]:
-    """The keys, "source.seed", under which two cards differ."""
+    """The keys, as "source.seed", of a card, or a part of one, for which another was different; `paths` are for people."""
     found = []
-    for key in was | now:
-        if isinstance(was.get(key), dict) and isinstance(now.get(key), dict) and key != "tokenizer":
+    for key in now:
+        if key == "source":
             found += differences(was[key], now[key], f"{where}{key}.")
-        elif was.get(key) != now.get(key) and key != "paths":
+        elif was.get(key) != now[key] and key != "paths":
             found.append(f"{where}{key}")
     return found
 

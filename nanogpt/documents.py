@@ -27,7 +27,7 @@ from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 
-from nanogpt.errors import Unread, UserError
+from nanogpt.errors import Unread, UserError, one_line
 
 CHUNK = 1 << 20  # bytes of text a task
 GROUP = 8  # row groups of up to so many CHUNKs are one task
@@ -691,18 +691,13 @@ def readable(file: File):
         raise
     except Exception as error:
         if file.mtime_ns < 0:  # of whichever HTTP library
-            raise Unread(f"{file.path}: cannot be read ({said(error)}); the same command goes on where it was") from None
+            raise Unread(f"{file.path}: cannot be read ({one_line(error)}); the same command goes on where it was") from None
         if isinstance(error, OSError) and error.strerror:
             raise Unread(f"{file.path}: cannot be read ({error.strerror})") from None
         if isinstance(error, OSError) or type(error).__module__.startswith("pyarrow"):
-            raise UserError(f"{file.path}: is damaged, or of another kind than its name says ({said(error)}); mend it, or "
+            raise UserError(f"{file.path}: is damaged, or of another kind than its name says ({one_line(error)}); mend it, or "
                             "leave it out") from None
         raise
-
-
-def said(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}{'…' * (len(text) > 160)}"
 
 
 def _changed(file: File) -> UserError:

@@ -33,6 +33,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, short enough to be part of a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def report(error):
     """Prints each line of a UserError to stderr as `error: …`."""
     for line in str(error).splitlines():

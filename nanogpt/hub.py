@@ -4,12 +4,13 @@ Parquet files, which most datasets have, are taken as they are: downloaded, or w
 footers tell how many rows there are. Any other kind goes through load_dataset, and its Arrow files are read.
 """
 
+import contextlib
 import functools
 import json
 import os
 
-from nanogpt.documents import File, Inputs, Source, said, stat_file
-from nanogpt.errors import UserError
+from nanogpt.documents import File, Inputs, Source, stat_file
+from nanogpt.errors import UserError, one_line
 
 CONNECT_S = 10  # seconds until the hub has to answer
 
@@ -42,7 +43,7 @@ class HuggingFace(Inputs):
         try:
             builder = load_dataset_builder(self.name, config, revision=commit, download_config=DownloadConfig(max_retries=1))
         except Exception as error:  # datasets raises whatever comes up
-            raise UserError(f"{where}: cannot be opened ({said(error)}); --hf-config names one of its configurations"
+            raise UserError(f"{where}: cannot be opened ({one_line(error)}); --hf-config names one of its configurations"
                             ) from None
         data_files = builder.config.data_files or {}
         if split not in data_files:
@@ -68,7 +69,7 @@ class HuggingFace(Inputs):
                      for info in HfApi().get_paths_info(self.name, names[start:start + 500], repo_type="dataset",
                                                         revision=self.options["revision"])]
         except Exception as error:  # of whichever HTTP library
-            raise UserError(f"{self.name}: cannot be listed ({said(error)}); the same command tries again") from None
+            raise UserError(f"{self.name}: cannot be listed ({one_line(error)}); the same command tries again") from None
         return {info.path: info.size for info in infos}
 
     def scan(self, val_fraction, cuttable, progress=True):
@@ -88,7 +89,7 @@ class HuggingFace(Inputs):
         except UserError:
             raise
         except Exception as error:  # of datasets, or of whichever HTTP library
-            raise UserError(f"{self.name}: cannot be downloaded ({said(error)}); the same command goes on where it was"
+            raise UserError(f"{self.name}: cannot be downloaded ({one_line(error)}); the same command goes on where it was"
                             ) from None
         source = Source(self.options, files)
         source._scan(val_fraction, cuttable, progress, None if self.local else _digest(names))
@@ -107,18 +108,29 @@ def _find_dataset(name: str, revision: str | None) -> tuple[str, str]:
     from huggingface_hub import HfApi, errors
     where = name + (f"@{revision}" if revision else "")
     try:
-        info = HfApi().dataset_info(name, revision=revision, timeout=CONNECT_S)
-        return info.id, info.sha
+        with refusals(where, "dataset"):
+            info = HfApi().dataset_info(name, revision=revision, timeout=CONNECT_S)
+            return info.id, info.sha
+    except UserError:
+        raise
+    except errors.HFValidationError:
+        raise UserError(f"{where}: is neither a folder nor the name of a dataset on the hub, like Skylion007/openwebtext"
+                        ) from None
+    except Exception as error:  # of whichever HTTP library
+        raise UserError(f"{where}: the hub cannot be reached ({one_line(error)}); where it can, run huggingface-cli download "
+                        f"{name} --repo-type dataset --local-dir DIR, copy DIR here, and give that folder as --hf-dataset"
+                        ) from None
+
+
+@contextlib.contextmanager
+def refusals(where: str, kind: str):
+    """What the hub refuses inside is told as UserError. where: the name; kind: "model" or "dataset"."""
+    from huggingface_hub import errors
+    try:
+        yield
     except errors.GatedRepoError:
         raise UserError(f"{where}: its owner lets only some in; ask for access on the hub, and set HF_TOKEN") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{where}: there is no such branch, tag or commit") from None
     except errors.RepositoryNotFoundError:
-        raise UserError(f"{where}: there is no such dataset on the hub, or it is private: then set HF_TOKEN") from None
-    except errors.HFValidationError:
-        raise UserError(f"{where}: is neither a folder nor the name of a dataset on the hub, like Skylion007/openwebtext"
-                        ) from None
-    except Exception as error:  # of whichever HTTP library
-        raise UserError(f"{where}: the hub cannot be reached ({said(error)}); where it can, run huggingface-cli download "
-                        f"{name} --repo-type dataset --local-dir DIR, copy DIR here, and give that folder as --hf-dataset"
-                        ) from None
+        raise UserError(f"{where}: there is no such {kind} on the hub, or it is private: then set HF_TOKEN") from None

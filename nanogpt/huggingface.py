@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from nanogpt.config import Model, NoSwitch, Size
 from nanogpt.errors import UserError
 from nanogpt.hf_tokenizer import as_json, of_vocab_and_merges, read_object, short, tokenizer_files
+from nanogpt.hub import refusals
 from nanogpt.model import GPT, padded
 from nanogpt.sharding import DTYPES, place_like
 from nanogpt.tokenizer import read_tokenizer_json
@@ -357,22 +358,19 @@ def _snapshot(name: str, revision: str) -> str:
     where = f"hf:{name}{revision and '@'}{revision}"
     wanted = dict(repo_id=name, revision=revision or None)
     try:
-        try:
-            HfApi().model_info(**wanted, timeout=CONNECT_S)  # snapshot_download would wait for an answer for ever
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-            raise
-        except Exception as error:  # of whichever HTTP library: without a network, what was downloaded before will do
+        with refusals(where, "model"):
             try:
-                return snapshot_download(**wanted, local_files_only=True)
-            except errors.LocalEntryNotFoundError:
-                raise error from None
-        return snapshot_download(**wanted, allow_patterns=NEEDED)
-    except errors.GatedRepoError:
-        raise UserError(f"{where}: its owner lets only some in; ask for access on the hub, and set HF_TOKEN") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{where}: there is no such branch, tag or commit") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{where}: there is no such model on the hub, or it is private: then set HF_TOKEN") from None
+                HfApi().model_info(**wanted, timeout=CONNECT_S)  # snapshot_download would wait for an answer for ever
+            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+                raise
+            except Exception as error:  # of whichever HTTP library: without a network, what was downloaded before will do
+                try:
+                    return snapshot_download(**wanted, local_files_only=True)
+                except errors.LocalEntryNotFoundError:
+                    raise error from None
+            return snapshot_download(**wanted, allow_patterns=NEEDED)
+    except UserError:
+        raise
     except errors.HFValidationError:
         raise UserError(f"{where}: is not the name of a model on the hub, like hf:openai-community/gpt2") from None
     except Exception as error:

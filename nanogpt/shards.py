@@ -297,6 +297,13 @@ class ShardWriter:
 
 # ---- reading dataset.json -------------------------------------------------------------------------------------------
 
+def pair_counts(split: dict, block_size: int) -> str:
+    """What dataset.json counts of a split of pairs, for people."""
+    share = split["padding"] / max(1, split["samples"] * (block_size + 1))
+    return (f"pairs {split['documents']:,}, tokens {split['tokens']:,}, targets {split['targets']:,}, samples "
+            f"{split['samples']:,}, padding {share:.1%}")
+
+
 def load_dataset_card(folder) -> dict:
     """dataset.json of a dataset folder, its fields and their types checked. UserError names the file and the field."""
     path = Path(folder) / "dataset.json"

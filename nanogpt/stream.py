@@ -22,9 +22,9 @@ import torch
 import xxhash
 
 from nanogpt import foreign
-from nanogpt.cache import NotThere, damage, download, is_compressed, one_line, open_dataset
+from nanogpt.cache import NotThere, damage, download, is_compressed, open_dataset
 from nanogpt.config import Config
-from nanogpt.errors import UserError
+from nanogpt.errors import UserError, one_line
 from nanogpt.loss import IGNORE
 from nanogpt.shards import PAIRS, load_dataset_card, load_index
 from nanogpt.tokenizer import from_name

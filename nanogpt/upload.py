@@ -4,9 +4,8 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanogpt.cache import TIMEOUT_S, one_line  # which also mends the timeouts of S3
-from nanogpt.errors import UserError
-from streaming.base.storage.download import CloudDownloader
+from nanogpt.cache import NotThere, download
+from nanogpt.errors import UserError, one_line
 from streaming.base.storage.upload import CloudUploader
 
 ATTEMPTS = 5
@@ -15,16 +14,15 @@ uploaders = {}  # a connection for each (folder, URL)
 
 def fetch(name: str, folder: Path, url: str) -> bool:
     """Gets a small file of `url` into `folder`; False: it is not there. UserError: nobody knows, or there is no such bucket."""
-    folder.mkdir(parents=True, exist_ok=True)
-    there = False
     try:
-        there = _uploader(folder, url)  # asks for the bucket
-        CloudDownloader.direct_download(f"{url}/{name}", str(folder / name), TIMEOUT_S)
-        return True
+        _uploader(folder, url)  # asks for the bucket
     except Exception as error:  # of as many kinds as there are stores
-        if there and (isinstance(error, FileNotFoundError) or "not found" in str(error)):
-            return False
         raise UserError(f"{url}: cannot be reached ({one_line(error)}); are URL and credentials right?") from None
+    try:
+        download(f"{url}/{name}", folder / name)
+    except NotThere:
+        return False
+    return True
 
 
 def upload(paths: list[Path], folder: Path, url: str):

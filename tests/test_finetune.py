@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_train import SMALL, plain_optimizer, small_run, train_run  # noqa: F401
+from test_train import SMALL, plain_optimizer, plain_step, small_run, train_run  # noqa: F401
 
 SHAPE = [option for option in SMALL if option.startswith("--model.n_")]
 OURS = [option for option in SMALL if option not in SHAPE and ".block_size" not in option]  # these come with the weights
@@ -64,11 +64,7 @@ def plain_finetuning(model, text_dataset, config_file, trained, steps):
             group["lr"] = 0.01
         tokens = sequences(text_dataset, "train", stream.sequences(step).tolist())
         loss = loss_of(model, tokens)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(plain_step(optimizer, loss)[0])
     return losses
 
 

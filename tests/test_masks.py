@@ -12,7 +12,7 @@ import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
 from conftest import convert
-from test_train import MODERN, SMALL, plain_optimizer, train_run
+from test_train import MODERN, SMALL, plain_optimizer, plain_step, train_run
 
 from nanogpt import evaluate, generate
 from nanogpt.config import Config, Model, load_config
@@ -198,11 +198,8 @@ def plain_loop(argv, folder):
             group["lr"] = 0.01 * (step + 1) / 5 if step < 4 else 0.001 + 0.0045 * (1 + math.cos(math.pi * (step - 4) / 21))
         rows = [samples[s]["tokens"][part * 32:part * 32 + 33] for s, part in stream.sequences(step).tolist()]
         loss = mean_loss(model, torch.from_numpy(np.stack(rows).astype(np.int64)))
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.step()
-        losses.append(loss.item())
+        for found, value in zip((losses, norms), plain_step(optimizer, loss)):
+            found.append(value)
     return losses, norms
 
 

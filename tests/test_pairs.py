@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import convert as convert_text
 from test_shards import BYTE, call_tool, convert, hashes, make, one_line, read
-from test_train import SMALL, plain_optimizer, train_run
+from test_train import SMALL, plain_optimizer, plain_step, train_run
 
 from nanogpt.config import Model, load_config
 from nanogpt.errors import UserError
@@ -260,11 +260,7 @@ def test_a_step_is_divided_by_the_targets_of_all_ranks(tmp_path, dataset, ranks)
         y = torch.where(tokens < 0, IGNORE, tokens)[:, 1:]
         logits = model.lm_head(model.hidden(torch.where(tokens < 0, -tokens - 1, tokens)[:, :-1]))[..., :257]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())  # the mean over what is not ignored
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(plain_step(optimizer, loss)[0])
         counts.append((y[:4] != IGNORE).sum() / (y != IGNORE).sum())  # the share of the first rank
     assert [m["loss"] for m in found] == pytest.approx(losses, rel=1e-4)
     assert losses[-1] < losses[0] and max(counts) - min(counts) > 0.1

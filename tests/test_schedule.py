@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_launch import ENV, ROOT, TORCHRUN
 from test_stream import convert, make_config, mixed, three  # noqa: F401
-from test_train import SMALL, STEPS, plain_optimizer, train_run
+from test_train import SMALL, STEPS, plain_optimizer, plain_step, train_run
 
 from nanogpt import checkpoint
 from nanogpt.config import load_config
@@ -117,11 +117,7 @@ def plain_loop(dataset, tmp_path):
         x, y = (torch.from_numpy(tokens.reshape(-1, BLOCKS[step])) for tokens in (rows[:, :-1].copy(), rows[:, 1:].copy()))
         logits = model.lm_head(model.hidden(x))[..., :257]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+        losses.append(plain_step(optimizer, loss)[0])
     return losses
 
 

@@ -58,6 +58,15 @@ def plain_optimizer(parameters):
                              weight_decay=0.1)
 
 
+def plain_step(optimizer, loss):
+    """One step down the gradient of loss, clipped to 1: (the loss, the norm before)."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    return loss.item(), norm.item()
+
+
 def run_plain_loop(small_run, text_dataset, *options):
     """(losses, gradient norms) of a loop without FSDP, ranks, accumulation or our reader of shards."""
     from nanogpt.config import load_config
@@ -81,11 +90,8 @@ def run_plain_loop(small_run, text_dataset, *options):
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         logits = model.lm_head(model.hidden(tokens[:, :-1]))[..., :257]  # without the padding of the vocabulary
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-        optimizer.step()
-        losses.append(loss.item())
+        for found, value in zip((losses, norms), plain_step(optimizer, loss)):
+            found.append(value)
     return losses, norms
 
 

@@ -19,7 +19,7 @@ import zipfile
 from argparse import SUPPRESS
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1::-1])  # for nanogpt, and for the converter beside this
 
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
 
@@ -191,6 +191,8 @@ def read_bin(path: Path):
 
 def convert_data(folder: Path, out: Path, block_size: int, stride: int | None, compression: str | None, overwrite: bool):
     """Makes the dataset folder `out` of train.bin, val.bin and, where there is one, meta.pkl."""
+    from convert_text_to_mds import tell
+
     from nanogpt.convert import convert_tokens
     from nanogpt.shards import file_hash
     from nanogpt.tokenizer import from_name
@@ -201,11 +203,7 @@ def convert_data(folder: Path, out: Path, block_size: int, stride: int | None, c
               "sha256": {name: file_hash(folder / f"{name}.bin", hashlib.sha256()) for name in splits}}
     card, written = convert_tokens(splits, out, tok, block_size, stride=stride, compression=compression,
                                    overwrite=overwrite, source=source)
-    print(f"{out}: {'written' if written else 'is there already (--overwrite would make it anew)'}, "
-          f"tokenizer {tok.name} with {tok.vocab_size:,} ids, block size {block_size}")
-    for name, split in card["splits"].items():
-        print(f"  {name:5}  documents {split['documents']:,}, tokens {split['tokens']:,}, samples {split['samples']:,}, "
-              f"dropped at the end {split['dropped_tokens']:,}, bytes/token {split['bytes'] / split['tokens']:.3f}")
+    tell(out, card, written)
 
 
 def main():

@@ -28,13 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
 
 
-def pair_counts(split: dict, block_size: int) -> str:
-    """What dataset.json counts of a split of pairs, for people."""
-    share = split["padding"] / max(1, split["samples"] * (block_size + 1))
-    return (f"pairs {split['documents']:,}, tokens {split['tokens']:,}, targets {split['targets']:,}, samples "
-            f"{split['samples']:,}, padding {share:.1%}")
-
-
 class Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
     """The description as it is written, and the default of each option."""
 
@@ -88,16 +81,23 @@ def convert_inputs(args, inputs, like_nanogpt: bool = False):
                             val_fraction=args.val_fraction, seed=args.seed, workers=args.workers,
                             compression=None if args.compression == "none" else args.compression, overwrite=args.overwrite,
                             skip_long=inputs.pairs and args.errors == "skip", shuffle=seed, like_nanogpt=like_nanogpt)
-    made_of, again = card["tokenizer"], "" if "://" in str(args.out) else " (--overwrite would make it anew)"
-    print(f"{args.out}: {'written' if written else 'is there already' + again}, "
-          f"tokenizer {made_of['name']} with {made_of['vocab_size']:,} ids, block size {args.block_size}")
+    tell(args.out, card, written)
+
+
+def tell(out, card: dict, written: bool):
+    """Prints what is in a dataset now."""
+    from nanogpt.shards import PAIRS, pair_counts
+
+    made_of, again = card["tokenizer"], "" if "://" in str(out) else " (--overwrite would make it anew)"
+    print(f"{out}: {'written' if written else 'is there already' + again}, "
+          f"tokenizer {made_of['name']} with {made_of['vocab_size']:,} ids, block size {card['block_size']}")
     what = {"empty": "empty documents", "undecodable": "documents that are not UTF-8 or have no text",
             "no pair": "lines that are no pair", "too long": "pairs that are longer than a sample"}
     if left_out := [f"{n:,} {what.get(why, why)}" for why, n in card.get("left_out", {}).items() if n]:
         print(f"  left out: {', '.join(left_out)}")
     for name, split in card["splits"].items():
-        if inputs.pairs:
-            print(f"  {name:5}  {pair_counts(split, args.block_size)}, bytes/token {split['bytes'] / split['tokens']:.3f}")
+        if card["dtype"] == PAIRS:
+            print(f"  {name:5}  {pair_counts(split, card['block_size'])}, bytes/token {split['bytes'] / split['tokens']:.3f}")
             continue
         print(f"  {name:5}  documents {split['documents']:,}, tokens {split['tokens']:,}, samples "
               f"{split['samples']:,}, dropped at the end {split['dropped_tokens']:,}, bytes/token "

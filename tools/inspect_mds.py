@@ -269,7 +269,7 @@ def show_dataset(dataset: Path, samples: int, hashing: bool, histogram: str):
 
     UserError for each shard that cannot be read, or, with hashing, is not as written.
     """
-    from nanogpt.shards import PAIRS, load_dataset_card  # here, where `run` tells what is not installed
+    from nanogpt.shards import PAIRS, load_dataset_card, pair_counts  # here, where `run` tells what is not installed
 
     if not (dataset / "dataset.json").exists() and next(dataset.glob("*/index.json"), None):
         raise UserError(f"{dataset}/dataset.json: is missing; where another tool wrote this, name its --tokenizer")
@@ -290,9 +290,7 @@ def show_dataset(dataset: Path, samples: int, hashing: bool, histogram: str):
         except UserError as error:
             problems.append(str(error))
         if pairs:
-            share = split["padding"] / max(1, split["samples"] * (card["block_size"] + 1))
-            print(f"  {name:9}  pairs {split['documents']:,}, tokens {split['tokens']:,}, targets {split['targets']:,}, "
-                  f"samples {split['samples']:,}, padding {share:.1%}, bytes {split['bytes']:,}, shards "
+            print(f"  {name:9}  {pair_counts(split, card['block_size'])}, bytes {split['bytes']:,}, shards "
                   f"{len(splits.get(folder, ())):,}")
             continue
         print(f"  {name:9}  documents {split['documents']:,}, bytes {split['bytes']:,}, tokens {split['tokens']:,}, "
