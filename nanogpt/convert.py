@@ -38,6 +38,7 @@ NOTE_S = 2     # seconds between two notes of the state
 TELL_S = 60    # seconds between two lines in a log, where there is no terminal
 GROUP = 32     # tasks whose documents are shuffled among each other
 BUNDLE = 1 << 18  # bytes of text that a worker gets at least
+WARM = 1 << 26  # bytes of input, from which on workers are started before they have to do
 PIECE = 1 << 20  # ids that are held at a time, of those that are there already
 RANKS = "tokenizer.tiktoken"
 NO_SHUFFLE = ("--shuffle-documents: reads here and there, which neither compressed files allow nor Parquet files of large row "
@@ -89,8 +90,9 @@ def convert(inputs: Inputs, out, tokenizer: Tokenizer | str, block_size: int, *,
         if there := place.already_there(card, inputs, scan, overwrite):
             place.sweep()
             return there, False
-        job = _Job(place, card, inputs, scan, tokenizer, overwrite)
-        job.run(workers)
+        with _Pool(workers, None if inputs.bytes < WARM or isinstance(tokenizer, str) else tokenizer) as pool:
+            job = _Job(place, card, inputs, scan, tokenizer, overwrite)
+            job.run(pool)
         place.publish(job.card)
     return job.card, True
 
@@ -341,21 +343,20 @@ class _Job:
         self.tokenizer = from_json(plan["tokenizer"])
         self.card = {**card, "tokenizer": plan["tokenizer"], "dtype": PAIRS if inputs.pairs else self.tokenizer.dtype.name,
                      "source": {**card["source"], **self.source.identity}}
-        asked, self.state = card["source"], state or dict(done=0, splits={}, left_out={})
-        self.val = validation(self.source.documents, asked["val_fraction"], asked["seed"], asked["like_nanogpt"],
-                              self.source.single)
-        self.order, self.flush = arranged(self.source.tasks, asked["shuffle"])
+        self.state = state or dict(done=0, splits={}, left_out={})
+        self.held_out = _held_out(self.source, card["source"])
+        self.order, self.flush = arranged(self.source.tasks, card["source"]["shuffle"])
 
-    def run(self, workers: int):
+    def run(self, pool: "_Pool"):
         """Writes the shards, and what there is to tell of them into the card."""
         card, state = self.card, self.state
-        strides = {"train": card["source"]["stride"]} | ({"val": card["block_size"]} if len(self.val) else {})
+        strides = {"train": card["source"]["stride"]} | ({"val": card["block_size"]} if len(self.held_out) else {})
         self.writers = {name: PairWriter(self.place.dataset / name, card, state["splits"].get(name)) if card["dtype"] == PAIRS
                         else SplitWriter(self.place.dataset / name, card, stride, state["splits"].get(name))
                         for name, stride in strides.items()}
         self.done, self.between = self.state["done"], True  # between two tasks, so that a note is right
         try:
-            self._write(workers)
+            self._write(pool)
         except BadText:
             raise
         except BaseException:
@@ -374,13 +375,14 @@ class _Job:
         if self.trained:
             (self.place.dataset / RANKS).write_bytes(self.tokenizer.ranks_file())
 
-    def _write(self, workers: int):
+    def _write(self, pool: "_Pool"):
         from tqdm import tqdm
 
-        waiting, began, first = [], time.monotonic(), self.done
+        card, waiting, began, first = self.card, [], time.monotonic(), self.done
         told = noted = began
         before = sum(writer.tokens for writer in self.writers.values())
-        results = _told(_results(self.source, self.order[self.done:], self.tokenizer, self.val, self.card, workers))
+        encoding = self.source, self.tokenizer, self.held_out, card["block_size"] + 1, card["source"]["skip_long"]
+        results = _told(pool.results(encoding, self.order[self.done:], self.place.partial))
         bar_format = "{percentage:3.0f}%|{bar}| {desc}, {elapsed}, {remaining} left"
         with contextlib.closing(results), \
                 tqdm(total=len(self.order), initial=self.done, bar_format=bar_format, disable=None) as bar:
@@ -443,6 +445,10 @@ def differences(was: dict, now: dict, where: str = "") -> list[str]:
     return found
 
 
+def _held_out(source: Source, asked: dict) -> np.ndarray:
+    return validation(source.documents, asked["val_fraction"], asked["seed"], asked["like_nanogpt"], source.single)
+
+
 def validation(documents: int, val_fraction: float, seed: int, like_nanogpt: bool, single: bool) -> np.ndarray:
     """The numbers of the validation documents, sorted: (n,) int64.
 
@@ -492,28 +498,54 @@ class Result:
         self.splits, self.left_out = {}, {}
 
 
-def _results(source: Source, order: np.ndarray, tokenizer: Tokenizer, val: np.ndarray, card: dict, workers: int):
-    """Yields the Result of each task in order, at most a few tasks ahead of the reader."""
-    job = (source, tokenizer, val, card["block_size"] + 1, card["source"]["skip_long"])
-    if workers == 1 or len(order) < 2:
-        for task, data in source.feed(order):
-            yield _encode(*job, task, data)
-        return
-    # spawn, since a forked copy of a process with threads can hang.
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(order)), spawn, _start_worker, (source, tokenizer.to_json(), *job[2:]))
-    try:
-        waiting = deque()
-        for bundle in _bundles(source, order):
-            waiting.append(_submit(pool, bundle))
-            if len(waiting) > 3 * workers + 12:  # they have to do while this process waits for the disk
+class _Pool:
+    """Worker processes, or this one if it is alone."""
+
+    def __init__(self, workers: int, warm: Tokenizer | None):
+        """warm: the workers start at once, and load this tokenizer while the text is scanned."""
+        self.workers = workers
+        # spawn, since a forked copy of a process with threads can hang.
+        spawn, tokenizer = multiprocessing.get_context("spawn"), warm and warm.to_json()
+        self.pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer,)) if workers > 1 else None
+        for _ in range(workers if warm and self.pool else 0):
+            self._submit(time.sleep, 0)
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *_):
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+    def results(self, encoding: tuple, order: np.ndarray, folder: Path):
+        """Yields the Result of each task in order, at most a few tasks ahead of the reader.
+
+        encoding: the first arguments of _encode, which workers take from the plan in `folder`.
+        """
+        source = encoding[0]
+        if not self.pool or len(order) < 2:
+            for task, data in source.feed(order):
+                yield _encode(*encoding, task, data)
+            return
+        try:
+            waiting = deque()
+            for bundle in _bundles(source, order):
+                waiting.append(self._submit(_encode_bundle, folder, bundle))
+                if len(waiting) > 3 * self.workers + 12:  # they have to do while this process waits for the disk
+                    yield from waiting.popleft().result()
+            while waiting:
                 yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise WorkerLost("a worker process was killed, perhaps for memory; the same command goes on, with fewer --workers too") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:
+            raise WorkerLost("a worker process was killed, perhaps for memory; the same command goes on, with fewer --workers "
+                             "too") from None
+
+    def _submit(self, function, *args):
+        """Workers are started here, on demand, and inherit the mask: Ctrl-C is for this process alone."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self.pool.submit(function, *args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _told(results):
@@ -538,25 +570,24 @@ def _bundles(source: Source, order: np.ndarray):
         yield bundle
 
 
-def _submit(pool, bundle):
-    """Workers are started here, on demand, and inherit the mask: Ctrl-C is for this process alone."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_encode_bundle, bundle)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _start_worker(source, tokenizer_json, *rest):
-    global _job
+def _start_worker(tokenizer: dict | None):
     # A parent that is killed cannot end its workers, and they would wait for it for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    _job = source, from_json(tokenizer_json), *rest
+    if tokenizer:
+        from_json(tokenizer)
 
 
-def _encode_bundle(bundle):
-    return [_encode(*_job, task, data) for task, data in bundle]
+@functools.cache
+def _encoding(folder: Path) -> tuple:
+    plan, source = json.loads((folder / "plan.json").read_text()), Source.load(folder / "source")
+    asked = plan["asked"]
+    return (source, from_json(plan["tokenizer"]), _held_out(source, asked["source"]), asked["block_size"] + 1,
+            asked["source"]["skip_long"])
+
+
+def _encode_bundle(folder: Path, bundle: list):
+    return [_encode(*_encoding(folder), task, data) for task, data in bundle]
 
 
 def _encode(source: Source, tokenizer: Tokenizer, val: np.ndarray, size: int, skip_long: bool, task: Task, data) -> Result:

@@ -295,7 +295,7 @@ class Source:
                     separator = b"\n" if file.lines else self.separator
                     for chunk, start, documents, begins, ends in _chunks(data, separator, cuttable and not file.lines):
                         table.append(Task(number, start, start + len(chunk), document, documents, int(begins), int(ends)))
-                        self._check(table[-1], chunk)
+                        self._check(table[-1], chunk, much=size > 1 << 26)
                         if first == document == 0 and documents == 1 and val_fraction:
                             characters += np.count_nonzero(_beginnings(chunk))
                         document += documents * ends
@@ -315,17 +315,15 @@ class Source:
         self.identity = {**self.options, "files": len(self._files), "bytes": size, "documents": self.documents,
                          "xxh3_128": known or digest.hexdigest()}
 
-    def _check(self, task: Task, chunk: bytes):
+    def _check(self, task: Task, chunk: bytes, much: bool):
         """Looks whether a chunk is UTF-8."""
-        try:
-            if self.errors != "replace":
-                chunk.decode()
-        except UnicodeDecodeError:
-            if self.errors == "strict":
-                for _ in self.read(task, chunk):  # raises the UserError, unless it is the separator that is not UTF-8
-                    pass
-            elif task.documents == 1 and self._files[task.file].format == "text":
-                self.undecodable.add(task.first)
+        if self.errors == "replace" or is_utf8(chunk, much):
+            return
+        if self.errors == "strict":
+            for _ in self.read(task, chunk):  # raises the UserError, unless it is the separator that is not UTF-8
+                pass
+        elif task.documents == 1 and self._files[task.file].format == "text":
+            self.undecodable.add(task.first)
 
     def _split(self, table: list[Task], wanted: int) -> list[Task]:
         """The tasks of the only document, where its first `wanted` characters are document 0, and the rest is document 1."""
@@ -510,17 +508,19 @@ def _chunks(data: "_Bytes", separator: bytes | None, cuttable: bool) -> Iterator
     or, if cuttable, its pieces, each of CHUNK bytes and up to the next safe cut.
     """
     held, at, begins = b"", 0, True
+    overlaps = any(separator.startswith(separator[i:]) for i in range(1, len(separator))) if separator else False
     while held := held + data.more(CHUNK - len(held)):
-        *whole, rest = held.split(separator, -1 if begins else 1) if separator else [held]
-        if whole:
-            gap = len(separator)
-            length = len(held) - len(rest) - gap
+        documents, gap = held.count(separator) if separator else 0, len(separator or b"")
+        if documents and not begins:  # the end of a long one, alone
+            documents, length = 1, held.find(separator)
+        elif documents:  # of "\n\n\n" the first two are the "\n\n" between two documents, as everywhere
+            length = len(held) - len(held.split(separator)[-1]) - gap if overlaps else held.rfind(separator)
         elif len(held) < CHUNK:  # the end of the file
             gap, length = 0, len(held)
         else:
             held, length, gap = _read_on(data, bytearray(held), separator, cuttable)
         ends = gap > 0 or length == len(held)
-        yield bytes(memoryview(held)[:length]), at, max(1, len(whole)), begins, ends
+        yield bytes(memoryview(held)[:length]), at, max(1, documents), begins, ends
         held, at, begins = bytes(held[length + gap:]), at + length + gap, ends
     if at == 0 and separator is None:
         yield b"", 0, 1, True, True
@@ -567,6 +567,20 @@ def _safe_cut(data: bytes, start: int, end: int) -> int:
             if category[0] == "L" or category == "Nd":
                 return cut
     return -1
+
+
+def is_utf8(data: bytes, much: bool) -> bool:
+    """Whether it can be decoded. much: there is so much text that pyarrow, 10 times as fast, is worth its loading."""
+    try:
+        if much:
+            import pyarrow
+            parts = [None, pyarrow.py_buffer(np.array([0, len(data)])), pyarrow.py_buffer(data)]
+            pyarrow.Array.from_buffers(pyarrow.large_string(), 1, parts).validate(full=True)
+        else:
+            data.decode()
+    except ValueError:  # of pyarrow too
+        return False
+    return True
 
 
 def _beginnings(data: bytes) -> np.ndarray:

@@ -121,7 +121,7 @@ def test_interrupted_anywhere(tmp_path, monkeypatch, kind):
     convert(InMemory(texts), tmp_path / "whole", BYTE, 32, **options)
     monkeypatch.setattr(engine, "NOTE_S", 0)
     choose, interruptions, out = random.Random(0), 0, tmp_path / "out"
-    noted, results = engine._Place.note, engine._results
+    noted, results = engine._Place.note, engine._Pool.results
 
     class Killed(BaseException):
         pass
@@ -141,7 +141,7 @@ def test_interrupted_anywhere(tmp_path, monkeypatch, kind):
         noted(place, name, value)
         hit()
 
-    monkeypatch.setattr(engine, "_results", flaky_results)
+    monkeypatch.setattr(engine._Pool, "results", flaky_results)
     monkeypatch.setattr(engine._Place, "note", flaky_note)
     monkeypatch.setattr(engine._Place, "__exit__", lambda place, *_: place.made and place.lock.release())  # as a dead one
     for _ in range(6):

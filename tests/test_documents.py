@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt import documents
-from nanogpt.documents import InMemory, Source, Task, spool_stdin, text_files, unescape
+from nanogpt.documents import InMemory, Source, Task, is_utf8, spool_stdin, text_files, unescape
 from nanogpt.errors import UserError
 from nanogpt.hub import HuggingFace
 
@@ -217,6 +217,8 @@ def test_the_last_part_of_a_single_text(tmp_path, suffix, alphabet):
 def test_text_that_is_not_utf8(tmp_path):
     data = [b"good " * 40, b"good " * 40 + b"\xe9\xe9 " * 30, b"\xff", "é".encode()[:1] + b" ok", b"\xed\xa0\x80 " * 20,
             b"ok"]
+    for each in (*data, b"", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xf4\x8f\xbf\xbf", "é🙂".encode()[:-1], b"\0", b"a" * 99 + b"\x80"):
+        assert is_utf8(each, much=True) == is_utf8(each, much=False) == (each.decode(errors="ignore").encode() == each)
     for separator in (None, b"=="):
         if separator:
             (tmp_path / "all").write_bytes(separator.join(data))

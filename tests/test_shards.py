@@ -243,18 +243,18 @@ from nanogpt.documents import InMemory
 from nanogpt.errors import run
 from nanogpt.tokenizer import from_name
 
-submit, submitted = convert._submit, []
+submit, submitted = convert._Pool._submit, []
 
-def slow(pool, bundle):
-    future = submit(pool, bundle)
-    submitted.append(bundle)
+def slow(*arguments):
+    future = submit(*arguments)
+    submitted.append(future)
     if len(submitted) == int(sys.argv[3]):
         print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
         time.sleep(60)
     return future
 
 def main():
-    convert._submit = slow
+    convert._Pool._submit = slow
     documents = [(f"doc{i}", "text " * 400_000) for i in range(6)]
     convert.convert(InMemory(documents), sys.argv[2], from_name("byte"), 1024, workers=2)
 

@@ -36,13 +36,15 @@ def bare(path: Path, name: str, workers: int) -> float:
 
 
 def _bare(path, name, i, workers, ready, results):
+    import tiktoken
+
     from nanogpt.tokenizer import from_name
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(size * i // workers)
         documents = file.read(size // workers).decode(errors="replace").split(SEPARATOR)
     tokenizer = from_name(name, documents)
-    encode = getattr(getattr(tokenizer, "_encoding", None), "encode_ordinary", tokenizer.encode)
+    encode = tiktoken.get_encoding(name).encode_ordinary if name in tiktoken.list_encoding_names() else tokenizer.encode
     encode(documents[0])
     ready.wait()
     began, tokens = time.perf_counter(), 0
