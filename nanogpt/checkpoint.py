@@ -409,7 +409,8 @@ def fitting_reader(path: Path, wanted: dict[str, torch.Tensor], prefixes=("model
         name = sorted(different)[0]
         sizes = [str(tuple(t)) if t is not None else "absent" for t in
                  (stored[name].size if name in stored else None, wanted[name].shape if name in wanted else None)]
-        raise UserError(f"{path}: does not fit this model: {name} is {sizes[0]} there and {sizes[1]} here")
+        hint = "; is optim.name another one than it was?" if name.startswith("optim.") else ""
+        raise UserError(f"{path}: does not fit this model: {name} is {sizes[0]} there and {sizes[1]} here{hint}")
     return reader
 
 

@@ -164,6 +164,7 @@ class Model(Section):
         "to be exported")
     mlp_dim: Size | None = Field(None, description="its inner width (default: 4 n_embd; swiglu: 8/3 n_embd, rounded up to 64)")
     tied: bool = Field(True, description="one matrix for the token embedding and the head")
+    zero_init: bool = Field(False, description="what writes into the residual stream, and a head of its own, begin at zero")
     logit_softcap: Amount = Field(0.0, description="c: logits become c tanh(logits / c), which keeps them from drifting; 0: "
                                   "off; not to be exported")
 
@@ -199,8 +200,11 @@ class Model(Section):
 
 
 class Optim(Section):
-    """AdamW, clipping, and the learning rate as a function of the step."""
+    """AdamW or Muon, clipping, and the learning rate as a function of the step."""
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: for the matrices of the blocks, and AdamW for the rest")
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), NoSwitch] = Field(6e-4, description="its peak")
+    adamw_learning_rate: Weight | None = Field(None, description="with muon: the peak for what AdamW trains, embeddings, head "
+                                               "and vectors (default: learning_rate)")
     min_learning_rate: Amount | None = Field(None, description="its end (default: a tenth of the peak; wsd: 0)")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="after warmup: cosine decay; constant then a linear decay over decay_steps; constant")
@@ -209,8 +213,8 @@ class Optim(Section):
         None, description="cosine: the step at which the end is reached (default: the last); "
         "wsd: length of the final decay (default: a fifth of the run)")
     weight_decay: Amount = Field(0.1, description="on matrices and embeddings; never on vectors")
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Fraction = Field(0.9, description="of AdamW")
+    beta2: Fraction = Field(0.95, description="of AdamW")
     grad_clip: Amount = Field(1.0, description="largest norm of the whole gradient; 0: no clipping")
 
 
@@ -430,6 +434,8 @@ def _contradictions(c: Config, world_size: int, local_world_size: int):
         yield ["train.max_steps", "train.max_tokens"], "max_steps or max_tokens is needed, so that the run has an end"
     if c.optim.schedule == "cosine" and c.optim.decay_steps and c.optim.decay_steps <= c.optim.warmup_steps:
         yield ["optim.decay_steps", "optim.warmup_steps"], f"must be above warmup_steps {c.optim.warmup_steps}"
+    if c.optim.adamw_learning_rate and c.optim.name != "muon":
+        yield ["optim.adamw_learning_rate", "optim.name"], "only name muon has it; AdamW alone takes learning_rate"
     if c.optim.min_learning_rate is not None and c.optim.min_learning_rate > c.optim.learning_rate:
         yield ["optim.min_learning_rate"], f"is above learning_rate {c.optim.learning_rate:g}"
     if c.train.batch_schedule and (last := c.train.batch_schedule.points[-1][1]) != c.train.global_batch_size:

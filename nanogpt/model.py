@@ -217,11 +217,16 @@ class GPT(nn.Module):
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     def init_weight(self, name: str, weight: torch.Tensor, generator: torch.Generator):
-        """Fills one parameter in place as GPT-2 does: N(0, 0.02), residual projections N(0, 0.02 / √(2·n_layer))."""
+        """Fills one parameter in place as GPT-2 does: N(0, 0.02), residual projections N(0, 0.02 / √(2·n_layer)).
+
+        With zero_init those begin at 0 (Goyal et al., 2017; Zhang et al., 2019), and so does an untied head (Yang et al., 2022).
+        """
         if name.endswith("bias"):
             weight.zero_()
         elif ".ln_" in name or "_norm." in name:
             weight.fill_(1.0)
+        elif self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+            weight.zero_()
         else:
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
             weight.normal_(0.0, std, generator=generator)

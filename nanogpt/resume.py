@@ -178,7 +178,7 @@ def take_shape(config: Config) -> Weights | None:
         weights = Weights(config.run.init_from)
         path, theirs = config.run.init_from, weights.model
     stated = {key: getattr(config.model, key) for key in config.model.model_fields_set}
-    free = ("block_size", "dropout", "mask_documents", "rope_base", "rope_scaling")
+    free = ("block_size", "dropout", "mask_documents", "rope_base", "rope_scaling", "zero_init")
     for key, value in stated.items():
         wanted = theirs.model_copy(update={key: value}).filled()
         if key not in free and wanted != theirs.filled():

@@ -115,7 +115,7 @@ def train(config: Config, device: torch.device) -> dict:
             torch.manual_seed(hash((config.run.seed, step, rank)) & (2**63 - 1))
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["of_peak"]
 
         # The whole step's tokens are at hand before its first forward: each loss is divided by the count of all ranks.
         guard.at(step + 1, "data")
@@ -138,7 +138,7 @@ def train(config: Config, device: torch.device) -> dict:
         norm = gradient_norm(model)
         reducing.wait()
 
-        # What is not finite never reaches the weights: AdamW's kernel then leaves everything as it is. The host learns
+        # What is not finite never reaches the weights: the optimizer then leaves everything as it is. The host learns
         # of it when it next looks.
         optimizer.grad_scale, optimizer.found_inf = None, numbers.see(step, loss, norm)
         if config.optim.grad_clip:
