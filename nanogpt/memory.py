@@ -214,8 +214,8 @@ def check(c: Config, device: torch.device, world_size: int, local_world_size: in
                         f"{device.type} has {gib(room)} GiB; " + remedy(c, world_size, local_world_size, room, cuda))
     if peak <= 0.9 * room:
         return line, None
-    return line, (f"memory: the peak is predicted as {gib(peak)} GiB a rank ({parts}), and {device.type} has {gib(room)} GiB; "
-                  "should it not fit, " + remedy(c, world_size, local_world_size, room, cuda))
+    return line, (f"memory: the peak is predicted as {gib(peak)} GiB a rank ({parts}), and {device.type} has {gib(room)} "
+                  "GiB; should it not fit, " + remedy(c, world_size, local_world_size, room, cuda))
 
 
 def remedy(c: Config, world_size: int, local_world_size: int, room: int, cuda: bool) -> str:

@@ -24,14 +24,15 @@ MODERN = dict(position="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, n_kv_
 
 def make(model=(), train=(), **sharding) -> Config:
     return Config(model=dict(n_layer=4, n_head=4, n_embd=64, block_size=1024, vocab_size=300) | dict(model),
-                  train=dict(micro_batch_size=1, global_batch_size=8, compile=False, max_steps=1) | dict(train), sharding=sharding,
+                  train=dict(micro_batch_size=1, global_batch_size=2, compile=False, max_steps=1) | dict(train), sharding=sharding,
                   checkpoint=dict(async_save=False))
 
 
 # ---- states: exactly ------------------------------------------------------------------------------------------------
 
 STATES = [make(dict(n_embd=36, n_head=2, n_layer=2, block_size=33) | model, dict(freeze_blocks=frozen), **sharding)
-          for sharding in (dict(strategy="full"), dict(strategy="grad"), dict(strategy="hybrid", shard_size=2), dict(strategy="replicate"))
+          for sharding in (dict(strategy="full"), dict(strategy="grad"), dict(strategy="hybrid", shard_size=2),
+                           dict(strategy="replicate"))
           for model, frozen in ((MODERN | dict(n_kv_head=1), 0), (dict(), 1))]
 
 
@@ -79,10 +80,10 @@ def allocations(function) -> tuple[list[int], object]:
 
 def kept_by_autograd(module, function) -> int:
     """Bytes of the storages that autograd keeps, parameters apart."""
-    apart, kept = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+    own, kept = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
 
     def pack(t):
-        if t.untyped_storage().data_ptr() not in apart:
+        if t.untyped_storage().data_ptr() not in own:
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage()  # so alive, and its address its own
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -91,8 +92,9 @@ def kept_by_autograd(module, function) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-ACTIVATIONS = [make(), make(train=dict(precision="float32")), make(dict(block_size=256)), make(dict(dropout=0.1, block_size=512)),
-               make(dict(dropout=0.1, block_size=256), dict(precision="float32")), make(MODERN), make(MODERN, dict(precision="float32")),
+FLOAT32 = dict(precision="float32")
+ACTIVATIONS = [make(), make(train=FLOAT32), make(dict(block_size=256)), make(dict(dropout=0.1, block_size=512)),
+               make(dict(dropout=0.1, block_size=256), FLOAT32), make(MODERN), make(MODERN, FLOAT32),
                make(dict(mlp="relu2", norm="rmsnorm")), make(dict(mlp="swiglu", mlp_dim=100, head_dim=32, n_kv_head=1))]
 
 
@@ -131,9 +133,8 @@ SMALL_CHUNKS = 1 << 19
 PEAKS = [(make(), 1 << 26), (make(activation_checkpointing="full"), 1 << 26), (make(activation_checkpointing="selective"), 1 << 26),
          (make(train=dict(global_batch_size=1)), 1 << 26), (make(strategy="replicate"), 1 << 26),
          (make(dict(block_size=128, n_embd=128), strategy="grad"), 1 << 26),             # its fullest moment is the end of backward
-         (make(dict(vocab_size=3000), dict(precision="float32")), 1 << 26),               # … the loss
-         (make(dict(vocab_size=1000)), SMALL_CHUNKS), (make(dict(vocab_size=1000), dict(precision="float32")), SMALL_CHUNKS),
-         (make(MODERN), 1 << 26)]
+         (make(dict(vocab_size=3000), FLOAT32), 1 << 26), (make(MODERN), 1 << 26),        # … the loss
+         (make(dict(vocab_size=1000)), SMALL_CHUNKS), (make(dict(vocab_size=1000), FLOAT32), SMALL_CHUNKS)]
 
 
 def train_steps(config: Config, device: torch.device, measured):
@@ -194,7 +195,8 @@ def measured_on_gpu(configs: list[Config]) -> list[int]:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_peak_on_a_gpu(ranks):
     gpt2 = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, bias=False)
-    configs = [make(gpt2 | model, dict(micro_batch_size=8, global_batch_size=16, compile=compiled), activation_checkpointing=mode)
+    train = dict(micro_batch_size=8, global_batch_size=16)
+    configs = [make(gpt2 | model, train | dict(compile=compiled), activation_checkpointing=mode)
                for model in ({}, MODERN | dict(n_kv_head=4)) for compiled in (False, True) for mode in memory.MODES]
     for config, found in zip(configs, ranks(1, measured_on_gpu, configs)[0]):
         assert sum(memory.predict(config, 1, 1).values()) == pytest.approx(found, rel=0.1), config
@@ -203,15 +205,16 @@ def test_peak_on_a_gpu(ranks):
 # ---- at the start of a run ------------------------------------------------------------------------------------------
 
 def test_what_fits_is_told_and_what_does_not_is_refused():
-    config, cpu = make(dict(n_embd=256), dict(micro_batch_size=4), strategy="replicate"), torch.device("cpu")
+    config, cpu = make(dict(n_embd=256), dict(micro_batch_size=4, global_batch_size=8), strategy="replicate"), torch.device("cpu")
     peak, certain = (sum(of.values()) for of in (memory.predict(config, 2, 2, False), memory.states(config, 2, 2)))
     line, warning = memory.check(config, cpu, 2, 2, 2 * peak)
-    assert warning is None and line.startswith(f"{memory.gib(peak)} GiB of {memory.gib(2 * peak)} GiB a rank, as predicted: activ")
+    assert warning is None
+    assert line.startswith(f"{memory.gib(peak)} GiB of {memory.gib(2 * peak)} GiB a rank, as predicted: activations ")
     _, warning = memory.check(config, cpu, 2, 2, round(1.05 * peak))  # within a tenth
     assert "take --train.micro_batch_size 2" in warning
     _, warning = memory.check(config, cpu, 2, 2, certain + 1)  # may not fit: no reason to refuse
     assert "--sharding.strategy full" in warning or "--sharding.activation_checkpointing" in warning
-    with pytest.raises(UserError, match="^memory: weights, gradients and optimizer state take 0.0.* has 0.0.*; take --sharding") as error:
+    with pytest.raises(UserError, match="^memory: weights, gradients .* take 0.0.* has 0.0.*; take --sharding") as error:
         memory.check(config, cpu, 2, 2, certain - 1)
     options = dict(zip(*[iter(str(error.value).partition("take --")[2].replace("--", "").split())] * 2))
     other = memory.changed(config, **{k.partition(".")[2]: int(v) if v.isdigit() else v for k, v in options.items()})
@@ -256,7 +259,8 @@ def test_plan(monkeypatch, capsys):
     N = 50304 * 1600 + 1024 * 1600 + 48 * (12 * 1600**2 + 2 * 1600) + 1600
     flops = 6 * (N - 1024 * 1600) + 12 * 48 * 1600 * 1024
     assert (found["parameters"], found["flops_per_token"], found["tokens"]) == (N, flops, 600000 * 480 * 1024)
-    assert found["modes"]["full"]["hardware_flops_per_token"] == flops + 2 * 48 * (12 * 1600**2 + 2 * 1600) + 4 * 48 * 1600 * 1024
+    again = 2 * 48 * (12 * 1600**2 + 2 * 1600) + 4 * 48 * 1600 * 1024  # forward of the blocks
+    assert found["modes"]["full"]["hardware_flops_per_token"] == flops + again
     for mode, of in found["modes"].items():
         hours = found["tokens"] * of["hardware_flops_per_token"] / (8 * 0.5 * 989e12) / 3600
         assert (of["hours"], of["usd"]) == pytest.approx((hours, hours * 16))
@@ -273,8 +277,7 @@ def test_plan_without_data_in_words(monkeypatch, capsys):
     said = call(monkeypatch, capsys, *XL, "--train.micro_batch_size", 2)
     assert "note: vocabulary of 50,257, GPT-2's: the dataset is not here" in said and "micro-batch 2, 30 accumulated" in said
     said = call(monkeypatch, capsys, *XL, "--vocab-size", 100, "--train.micro_batch_size", 7)
-    assert "note: planned with micro_batch_size 1, because --train.micro_batch_size: 480 is not a multiple" in said or \
-           "480 is not a multiple of 8 ranks x micro_batch_size 7" in said
+    assert "note: planned with micro_batch_size 1, because " in said and "not a multiple of 8 ranks x micro_batch_size 7" in said
     assert "vocabulary" not in said
     for argv, wrong in (([*XL, "--gpu", "Abacus"], "--gpu: Abacus is not known"), ([*XL, "--mfu", 40], "--mfu: 40 is no share"),
                         ([*XL, "--pirce", 2], "--pirce: no option of this tool"), ([*XL, "--model.n_layers", 2], "did you mean"),

@@ -24,12 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanogpt.config import load_config  # noqa: E402
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
 
-# GB/s a GPU in one direction, from the vendors' data sheets: NVLink within a node, and the node's network (InfiniBand) divided
-# by its GPUs. Others have neither: PCIe 4 and 100 Gb/s.
+# GB/s a GPU in one direction, from the vendors' data sheets: NVLink within a node; InfiniBand between nodes, of which each GPU
+# has one port. Others have neither: PCIe 4 and 100 Gb/s.
 NETWORK = {"A100": (300, 25), "A800": (200, 25), "H800": (200, 50), "H100 PCIe": (64, 25), "H100": (450, 50), "H200": (450, 50),
            "GB200": (900, 50), "B200": (900, 50)}
 OTHERS = (32, 12.5)
-REACHED, HIDDEN, HOP_S = 0.8, 0.8, 10e-6  # of a link's bandwidth; of the communication behind computing; seconds from node to node
+REACHED = 0.8    # share of a link's bandwidth
+HIDDEN = 0.8     # share of communication that goes on behind computing
+HOP_S = 10e-6    # seconds from node to node, in each collective
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -49,11 +51,14 @@ def main():
     add("--mfu", type=positive(float), default=0.4, metavar="SHARE", help="share of the GPU's bfloat16 peak that a node reaches, "
         "recomputation counted as work; tools/bench.py measures it")
     add("--price", type=positive(float), metavar="USD", help="of a GPU for an hour")
-    add("--vocab-size", type=positive(int), metavar="N", help="ids of the tokenizer (default: the config's, the dataset's, or GPT-2's)")
+    add("--vocab-size", type=positive(int), metavar="N",
+        help="ids of the tokenizer (default: the config's, the "
+        "dataset's, or GPT-2's)")
     add("--json", action="store_true", help="all figures as one JSON object")
     args, settings = parser.parse_known_args()
     for i, word in enumerate(settings):
-        if not (word.startswith("--") and "." in word) and (i == 0 or not settings[i - 1].startswith("--") or "=" in settings[i - 1]):
+        value = i and settings[i - 1].startswith("--") and "=" not in settings[i - 1]
+        if not value and not (word.startswith("--") and "." in word):
             raise UserError(f"{word}: no option of this tool, nor a setting as --section.key VALUE (see {parser.prog} --help)")
     if args.mfu > 1:
         raise UserError(f"--mfu: {args.mfu:g} is no share; take 0.4 for 40 %")
@@ -93,9 +98,10 @@ def read(args, settings: list[str]):
     if args.vocab_size:
         m.vocab_size = args.vocab_size
     if not m.vocab_size:
-        m.vocab_size, there = of_dataset(config) or 50257, of_dataset(config)
-        notes.append(f"vocabulary of {m.vocab_size:,}, " + ("the dataset's" if there else "GPT-2's: the dataset is not here, and "
-                                                            "neither model.vocab_size nor --vocab-size is given"))
+        there = of_dataset(config)
+        m.vocab_size = there or 50257
+        notes.append(f"vocabulary of {m.vocab_size:,}, " + (
+            "the dataset's" if there else "GPT-2's: the dataset is not here, and neither model.vocab_size nor --vocab-size is given"))
     return config, notes
 
 
@@ -119,10 +125,9 @@ def plan(config, notes: list[str], args) -> dict:
         model = GPT(config.model)
     m, t, gpus, node = config.model, config.train, args.gpus, min(args.gpus, args.gpus_per_node)
     params, flops, room = model.num_params(), model.flops_per_token(), int(args.gpu_memory * 2**30)
-    again = 2 * sum(p.numel() for p in model.transformer.h.parameters()) + 4 * m.n_layer * m.n_head * m.heads[2] * m.block_size
-    tokens, modes = None, {}
-    if config.max_steps:
-        tokens = t.sequences(config.max_steps) * m.block_size
+    again = 2 * sum(p.numel() for p in model.transformer.h.parameters())  # forward of the blocks, once more
+    again += 4 * m.n_layer * m.n_head * m.heads[2] * m.block_size
+    tokens, modes = t.sequences(config.max_steps) * m.block_size or None, {}
     for mode in memory.MODES:
         c = memory.changed(config, activation_checkpointing=mode)
         fits, divides = (memory.largest_micro_batch(c, gpus, node, int(0.9 * room), divides=d) for d in (False, True))
@@ -187,8 +192,8 @@ def communication(config, gpus: int, node: int, gpu: str) -> float:
         gathers = seconds(e * (2 * block + others) * times, shards, (2 * groups - 1) * times)
         reduces = seconds(4 * (block + others) * times, shards, groups * times)
         replicas = gpus // shards
-        alike = seconds(2 * 4 * (block + others) / shards * times, replicas, 2 * groups * times, apart=shards) if replicas > 1 else 0
-        return gathers + reduces + alike
+        return gathers + reduces + (replicas > 1) * seconds(
+            2 * 4 * (block + others) / shards * times, replicas, 2 * groups * times, apart=shards)
     if s.strategy == "grad":  # weights stay until the end of backward; gradients are summed once a step
         return seconds(e * (block + others) * times, gpus, groups * times) + seconds(4 * (block + others), gpus, groups)
     return seconds(2 * 4 * (block + others), gpus, 2 * groups)
@@ -239,14 +244,13 @@ def scale(config, args, flops: float) -> list[dict]:
 
 # ---- words ----------------------------------------------------------------------------------------------------------
 
-def table(found: dict, args) -> str:
+def table(f: dict, args) -> str:
     from nanogpt.memory import gib
     from nanogpt.meter import duration
-    f, modes = found, found["modes"]
-    tokens = f"{big(f['tokens'])} tokens" if f["tokens"] else "no end is set"
+    modes, tokens = f["modes"], f"{big(f['tokens'])} tokens" if f["tokens"] else "no end is set"
     lines = [f"note: {note}" for note in f["notes"]]
-    lines += [f"{f['config']}: {f['parameters'] / 1e6:,.2f}M parameters, {tokens}, {f['tokens_per_step']:,} a step; {args.gpus} x "
-              f"{args.gpu} of {args.gpu_memory:g} GiB, strategy {f['strategy']}",
+    lines += [f"{f['config']}: {f['parameters'] / 1e6:,.2f}M parameters, {tokens}, {f['tokens_per_step']:,} a step; "
+              f"{args.gpus} x {args.gpu} of {args.gpu_memory:g} GiB, strategy {f['strategy']}",
               f"micro-batch {f['micro_batch_size']}, {f['accumulation']} accumulated; "
               f"{f['flops_per_token'] / 1e9:.3f} GFLOP a token (6 N + attention)", ""]
     rows = [("GiB of a GPU, recomputing", *modes)]
@@ -262,21 +266,25 @@ def table(found: dict, args) -> str:
     if f["tokens"] and args.price:
         rows += [(f"USD at {args.price:g} a GPU-hour", *(f"{of['usd']:,.0f}" for of in modes.values()))]
     lines += [f"{name:<28}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
-    lines += [f"(the config has {f['chosen']}; a micro-batch fits when the peak is within 90 % of the memory: CUDA, NCCL and gaps take "
-              "some)", f"host memory a GPU: {gib(f['host_bytes_a_gpu'])} GiB (an asynchronous save, what is offloaded)", ""]
+    lines += [f"(the config has {f['chosen']}; a micro-batch fits when the peak is within 90 % of the memory: CUDA, NCCL and gaps "
+              "take some)", f"host memory a GPU: {gib(f['host_bytes_a_gpu'])} GiB (an asynchronous save, what is offloaded)", ""]
     c = f["chinchilla"]
-    lines += [f"Chinchilla (Hoffmann et al., 2022): 20 tokens a parameter are {big(c['tokens'])} tokens, loss {c['loss']:.3f} by their fit"]
+    lines += [f"Chinchilla (Hoffmann et al., 2022): 20 tokens a parameter are {big(c['tokens'])} tokens; loss {c['loss']:.3f} by "
+              "their fit, of their text and tokenizer"]
     if f["tokens"]:
-        lines += [f"  this run: {c['tokens_a_parameter']:.1f} tokens a parameter, {c['loss_of_this_run']:.3f}; the best model for its "
-                  f"compute: {big(c['best_parameters'])} parameters, {c['loss_of_best']:.3f} (their text and tokenizer)"]
-    near, far = network(args.gpu)
-    lines += ["", f"Many GPUs, each with the same {f['scaling'][0]['sequences'] // f['scaling'][0]['gpus']} sequences a step:" if f["scaling"]
-              else "", f"{'GPUs':>6}{'sequences':>11}{'step s':>9}{'talk s':>9}{'tokens/s/GPU':>14}{'efficiency':>12}"]
-    lines += [f"{r['gpus']:>6}{r['sequences']:>11,}{r['step_s']:>9.3f}{r['communication_s']:>9.3f}{r['tokens_per_s_a_gpu']:>14,.0f}"
-              f"{r['efficiency']:>12.1%}" for r in f["scaling"]]
-    lines += [f"assumed, not measured: --mfu {args.mfu:g} of {args.peak / 1e12:.0f} TFLOP/s on one node of {args.gpus_per_node}; {near:g} GB/s a "
-              f"GPU within a node and {far:g} between", f"nodes, of which {REACHED:.0%} are reached; {HIDDEN:.0%} of the talk hidden behind "
-              f"computing; {HOP_S * 1e6:.0f} µs a node and collective; no jitter, no slow link (--help: against published figures)"]
+        lines += [f"  this run: {c['tokens_a_parameter']:.1f} tokens a parameter, {c['loss_of_this_run']:.3f}; the best model for "
+                  f"its compute: {big(c['best_parameters'])} parameters, {c['loss_of_best']:.3f}"]
+    if f["scaling"]:
+        each, (near, far) = f["scaling"][0]["sequences"] // f["scaling"][0]["gpus"], network(args.gpu)
+        lines += ["", f"Many GPUs, each with the same {each} sequences a step; seconds of a step, and of all communication in it:",
+                  f"{'GPUs':>6}{'sequences':>11}{'step':>9}{'comm.':>9}{'tokens/s/GPU':>14}{'efficiency':>12}"]
+        lines += [f"{r['gpus']:>6}{r['sequences']:>11,}{r['step_s']:>9.3f}{r['communication_s']:>9.3f}"
+                  f"{r['tokens_per_s_a_gpu']:>14,.0f}{r['efficiency']:>12.1%}" for r in f["scaling"]]
+        lines += [f"assumed, not measured: {args.mfu:.0%} of {args.peak / 1e12:.0f} TFLOP/s within a node of {args.gpus_per_node}; "
+                  f"{near:g} GB/s a GPU there and {far:g} between",
+                  f"nodes, {REACHED:.0%} of it reached; {HIDDEN:.0%} of communication hidden behind computing; "
+                  f"{HOP_S * 1e6:.0f} µs a node in each collective; no",
+                  "jitter, no slow link (--help holds it against published figures)"]
     return "\n".join(lines)
 
 
