@@ -67,7 +67,7 @@ def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
     """What autograd keeps of a block: (tensor, bytes a token, in which of MODES, by their first letters)."""
     m, (H, K, D), compiled = c.model, c.model.heads, c.train.compile
     e, C, M, T = element(c), m.n_embd, m.mlp_width, m.block_size
-    apart = not (cuda or compiled)                # nn.RMSNorm is several operations then, in float32: input and result are kept
+    apart = not (cuda or compiled)                                # then nn.RMSNorm keeps its input and result in float32
     rms = 8 if e == 2 else 4
     norm = ("norm", rms * C if apart and m.norm == "rmsnorm" else 8, "n")
     x = "" if apart and m.norm == "rmsnorm" and e == 2 else "n"   # then x itself is not
@@ -123,12 +123,12 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
 
     # Weights: whole in the root, in the block at work, and in the next, which is on its way; or everywhere.
     gathered = e * (others + block * (1 + (shards > 1)) if frees else whole)
-    # Gradients of the micro-batches before: sharded, or whole where they are summed late. In float32 on their way: a block's,
+    # Gradients of the micro-batches before: sharded, or whole where they are summed late.
     late = more and not frees
     summed = 4 * whole if late else state["gradients"] * more
+    # On their way in float32: those of a block; at last of the root, in, out, and a copy where nobody shares.
     replicas = c.sharding.strategy in ("hybrid", "replicate")
     sent = 4 * block * (1 / shards if late else 1 + replicas / shards)
-    # at last the root's: in, out, and a copy where nobody shares.
     last = 4 * max(block if frees or world_size > 1 else whole, others) * (1 + 1 / shards + (shards == 1))
 
     mode, tensors = c.sharding.activation_checkpointing[0], kept(c, cuda)
@@ -140,7 +140,7 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
     if logits <= CHUNK_LOGITS:
         loss = 12 * logits                                                         # log p, and two gradients of its size
     else:
-        n, before = CHUNK_LOGITS // rows * rows, 6 if e == 2 else 4                # logits of a chunk; what the one before left
+        n, before = CHUNK_LOGITS // rows * rows, 6 if e == 2 else 4                # logits of a chunk; bytes it leaves
         loss = max(8 * n, before * n + 8 * min(n, logits - n)) + 4 * head + e * tokens * C
 
     aside = 0 if cuda or not c.checkpoint.async_save else state["weights"] + state["optimizer"]

@@ -10,7 +10,7 @@ that you state, and a model of communication which is printed with all that it a
 
 That model against published figures: Llama 3.1 8B, fully sharded, 2 x 8192 tokens a GPU, compiled, on H100s by torchtitan
 (December 2024) ran at 6,667 tokens/s a GPU on 8, and at 6,514 on 128, 97.7 %; eager at 5,762 and 5,605, 97.3 %. The model
-says 99.6 %: it knows neither jitter nor GPUs that wait for the slowest. What one GPU reaches, it is told and does not predict.
+says 99.6 %: it knows neither jitter nor GPUs that wait for the slowest. What one node reaches, it is told by --mfu.
 """
 
 import argparse
@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanogpt.config import load_config  # noqa: E402
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
 
-# GB/s a GPU in one direction, from the vendors' data sheets: NVLink within a node; InfiniBand between nodes, of which each GPU
-# has one port. Others have neither: PCIe 4 and 100 Gb/s.
-NETWORK = {"A100": (300, 25), "A800": (200, 25), "H800": (200, 50), "H100 PCIe": (64, 25), "H100": (450, 50), "H200": (450, 50),
-           "GB200": (900, 50), "B200": (900, 50)}
+# GB/s a GPU in one direction, from the vendors' data sheets: NVLink within a node; between nodes InfiniBand, one port each.
+# Others have neither: PCIe 4 and 100 Gb/s.
+NETWORK = {"A100": (300, 25), "A800": (200, 25), "H800": (200, 50), "H100 PCIe": (64, 25), "H100": (450, 50),
+           "H200": (450, 50), "GB200": (900, 50), "B200": (900, 50)}
 OTHERS = (32, 12.5)
 REACHED = 0.8    # share of a link's bandwidth
 HIDDEN = 0.8     # share of communication that goes on behind computing
@@ -48,8 +48,8 @@ def main():
     add("--gpu-memory", type=positive(float), required=True, metavar="GIB", help="memory of each in GiB")
     add("--gpus-per-node", type=positive(int), default=8, metavar="N", help="GPUs of a machine")
     add("--gpu", default="H100", metavar="NAME", help="which GPU; a part of its name, as A100, H200, L40S")
-    add("--mfu", type=positive(float), default=0.4, metavar="SHARE", help="share of the GPU's bfloat16 peak that a node reaches, "
-        "recomputation counted as work; tools/bench.py measures it")
+    add("--mfu", type=positive(float), default=0.4, metavar="SHARE",
+        help="share of the GPU's bfloat16 peak that a node reaches, recomputation counted as work")
     add("--price", type=positive(float), metavar="USD", help="of a GPU for an hour")
     add("--vocab-size", type=positive(int), metavar="N",
         help="ids of the tokenizer (default: the config's, the "
@@ -59,7 +59,7 @@ def main():
     for i, word in enumerate(settings):
         value = i and settings[i - 1].startswith("--") and "=" not in settings[i - 1]
         if not value and not (word.startswith("--") and "." in word):
-            raise UserError(f"{word}: no option of this tool, nor a setting as --section.key VALUE (see {parser.prog} --help)")
+            raise UserError(f"{word}: no option of this tool, nor a setting, as --section.key VALUE (see its --help)")
     if args.mfu > 1:
         raise UserError(f"--mfu: {args.mfu:g} is no share; take 0.4 for 40 %")
     from nanogpt.meter import PEAK_TFLOPS
@@ -100,8 +100,8 @@ def read(args, settings: list[str]):
     if not m.vocab_size:
         there = of_dataset(config)
         m.vocab_size = there or 50257
-        notes.append(f"vocabulary of {m.vocab_size:,}, " + (
-            "the dataset's" if there else "GPT-2's: the dataset is not here, and neither model.vocab_size nor --vocab-size is given"))
+        notes.append(f"vocabulary of {m.vocab_size:,}, " + ("the dataset's" if there else "GPT-2's: the dataset is not "
+                                                            "here, and neither model.vocab_size nor --vocab-size is given"))
     return config, notes
 
 
@@ -140,8 +140,9 @@ def plan(config, notes: list[str], args) -> dict:
         found["tokens_per_s"] *= efficiency(config, args, found["hardware_flops_per_token"])
         hours = tokens and tokens / found["tokens_per_s"] / 3600
         found |= dict(hours=hours, usd=hours and args.price and hours * gpus * args.price)
-    return dict(config=config.run.name, notes=notes, parameters=params, flops_per_token=flops, strategy=config.sharding.strategy,
-                micro_batch_size=t.micro_batch_size, accumulation=config.accumulation(gpus), tokens=tokens, chosen=mode,
+    return dict(config=config.run.name, notes=notes, parameters=params, flops_per_token=flops,
+                strategy=config.sharding.strategy, micro_batch_size=t.micro_batch_size, accumulation=config.accumulation(gpus),
+                tokens=tokens, chosen=mode,
                 tokens_per_step=config.tokens_per_step, modes=modes, host_bytes_a_gpu=memory.host(config, gpus, node),
                 chinchilla=chinchilla(params, tokens, flops), scaling=scaling)
 
@@ -182,7 +183,7 @@ def communication(config, gpus: int, node: int, gpu: str) -> float:
     times, groups = max(1, config.accumulation(gpus)), config.model.n_layer + 1
 
     def seconds(size: float, ranks: int, collectives: int, apart: int = 1) -> float:
-        """Of `size` bytes that each of `ranks`, neighbours or `apart`, ends with, or gives: each node takes in what it lacks."""
+        """Of `size` bytes that each of `ranks`, neighbours or `apart`, ends with: each node takes in what it lacks."""
         nodes = max(1, min(ranks, ranks * apart // node))  # over which a group reaches
         within = size * (1 - 1 / ranks) / near if apart < node else 0
         between = size * (1 - 1 / nodes) / (far * (ranks / nodes)) if nodes > 1 else 0
@@ -266,22 +267,23 @@ def table(f: dict, args) -> str:
     if f["tokens"] and args.price:
         rows += [(f"USD at {args.price:g} a GPU-hour", *(f"{of['usd']:,.0f}" for of in modes.values()))]
     lines += [f"{name:<28}" + "".join(f"{cell:>14}" for cell in cells) for name, *cells in rows]
-    lines += [f"(the config has {f['chosen']}; a micro-batch fits when the peak is within 90 % of the memory: CUDA, NCCL and gaps "
-              "take some)", f"host memory a GPU: {gib(f['host_bytes_a_gpu'])} GiB (an asynchronous save, what is offloaded)", ""]
+    lines += [f"(the config has {f['chosen']}; a micro-batch fits when the peak is within 90 % of the memory: CUDA, NCCL "
+              "and gaps take some)",
+              f"host memory a GPU: {gib(f['host_bytes_a_gpu'])} GiB, for an asynchronous save and what is offloaded", ""]
     c = f["chinchilla"]
-    lines += [f"Chinchilla (Hoffmann et al., 2022): 20 tokens a parameter are {big(c['tokens'])} tokens; loss {c['loss']:.3f} by "
-              "their fit, of their text and tokenizer"]
+    lines += [f"Chinchilla (Hoffmann et al., 2022): 20 tokens a parameter are {big(c['tokens'])} tokens; "
+              f"loss {c['loss']:.3f} by their fit, of their text and tokenizer"]
     if f["tokens"]:
-        lines += [f"  this run: {c['tokens_a_parameter']:.1f} tokens a parameter, {c['loss_of_this_run']:.3f}; the best model for "
-                  f"its compute: {big(c['best_parameters'])} parameters, {c['loss_of_best']:.3f}"]
+        lines += [f"  this run: {c['tokens_a_parameter']:.1f} tokens a parameter, {c['loss_of_this_run']:.3f}; the best "
+                  f"model for its compute: {big(c['best_parameters'])} parameters, {c['loss_of_best']:.3f}"]
     if f["scaling"]:
         each, (near, far) = f["scaling"][0]["sequences"] // f["scaling"][0]["gpus"], network(args.gpu)
-        lines += ["", f"Many GPUs, each with the same {each} sequences a step; seconds of a step, and of all communication in it:",
+        lines += ["", f"Many GPUs, each with the same {each} sequences a step; seconds of a step, and of its communication:",
                   f"{'GPUs':>6}{'sequences':>11}{'step':>9}{'comm.':>9}{'tokens/s/GPU':>14}{'efficiency':>12}"]
         lines += [f"{r['gpus']:>6}{r['sequences']:>11,}{r['step_s']:>9.3f}{r['communication_s']:>9.3f}"
                   f"{r['tokens_per_s_a_gpu']:>14,.0f}{r['efficiency']:>12.1%}" for r in f["scaling"]]
-        lines += [f"assumed, not measured: {args.mfu:.0%} of {args.peak / 1e12:.0f} TFLOP/s within a node of {args.gpus_per_node}; "
-                  f"{near:g} GB/s a GPU there and {far:g} between",
+        lines += [f"assumed, not measured: {args.mfu:.0%} of {args.peak / 1e12:.0f} TFLOP/s in a node of "
+                  f"{args.gpus_per_node}; {near:g} GB/s a GPU there and {far:g} between",
                   f"nodes, {REACHED:.0%} of it reached; {HIDDEN:.0%} of communication hidden behind computing; "
                   f"{HOP_S * 1e6:.0f} µs a node in each collective; no",
                   "jitter, no slow link (--help holds it against published figures)"]
