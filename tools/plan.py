@@ -141,18 +141,20 @@ def plan(config, notes: list[str], args) -> dict:
         hours = tokens and tokens / found["tokens_per_s"] / 3600
         found |= dict(hours=hours, usd=hours and args.price and hours * gpus * args.price)
     return dict(config=config.run.name, notes=notes, parameters=params, flops_per_token=flops,
-                strategy=config.sharding.strategy, micro_batch_size=t.micro_batch_size, accumulation=config.accumulation(gpus),
-                tokens=tokens, chosen=mode,
+                strategy=config.sharding.strategy, micro_batch_size=t.micro_batch_size,
+                accumulation=config.accumulation(gpus), tokens=tokens, chosen=mode,
                 tokens_per_step=config.tokens_per_step, modes=modes, host_bytes_a_gpu=memory.host(config, gpus, node),
-                chinchilla=chinchilla(params, tokens, flops), scaling=scaling)
+                chinchilla=chinchilla(params, tokens), scaling=scaling)
 
 
-def chinchilla(params: int, tokens: int | None, flops: float) -> dict:
+def chinchilla(params: int, tokens: int | None) -> dict:
     """What Hoffmann et al. (2022) say: 20 tokens a parameter; and their fit L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28.
 
     Their loss is in nats a token, of their text and tokenizer.
     """
-    fit = lambda n, d: 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
+    def fit(n, d):
+        return 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
+
     found = dict(tokens=20 * params, loss=fit(params, 20 * params))
     if tokens:
         # The best of all models for the same compute C = 6 N D, by the same fit.
