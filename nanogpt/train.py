@@ -11,6 +11,7 @@ to fit -> model sharded, initialised or loaded -> steps. SIGTERM or SIGUSR1: the
 
 import gc
 import math
+import os
 import re
 import time
 
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from nanogpt import checkpoint, tokenizer, watch
+from nanogpt import checkpoint, memory, tokenizer, watch
 from nanogpt.config import Config
 from nanogpt.errors import PeerLost, Stopped, UserError
 from nanogpt.health import Numbers
@@ -27,7 +28,7 @@ from nanogpt.meter import Meter
 from nanogpt.model import separate_documents
 from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.ranks import init_process_group
-from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape
+from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape, warn
 from nanogpt.sharding import build
 from nanogpt.stream import Split, TrainStream, inputs_and_targets
 
@@ -59,6 +60,7 @@ def train(config: Config, device: torch.device) -> dict:
     config._before = era["from_step"], era["tokens"]  # with another batch size, train.max_tokens is other steps
 
     # ---- model and optimizer ----------------------------------------------------------------------------------------
+    estimate = None if config.eval.only else room_for(config, device, warnings)
     model = build(config, device)
     optimizer = make_optimizer(model, config.optim) if not config.eval.only else None
     if resumed:
@@ -84,7 +86,7 @@ def train(config: Config, device: torch.device) -> dict:
         return record
     take_run_folder(config, make=True)
     meter.open(first_step, warnings)
-    introduce(meter, config, stream, splits["val"], model, resumed, state)
+    introduce(meter, config, stream, splits["val"], model, resumed, state, estimate)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
                              config.checkpoint.async_save, config.checkpoint.keep_best, warn=meter.say)
 
@@ -270,7 +272,18 @@ def warn_of_short_grace(meter: Meter, config: Config, saver, record: dict):
 
 # ---- before the first step ------------------------------------------------------------------------------------------
 
-def introduce(meter: Meter, config: Config, stream: TrainStream, val: list[Split], model, resumed, state):
+def room_for(config: Config, device: torch.device, warnings: list[str]) -> str:
+    """The predicted memory in a line. Raises UserError, on all ranks, where what is certain does not fit."""
+    ranks, local_ranks = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    room = torch.tensor(memory.room(device, local_ranks), device=device)
+    dist.all_reduce(room, dist.ReduceOp.MIN)
+    line, warning = memory.check(config, device, ranks, local_ranks, room.item())
+    if warning and dist.get_rank() == 0:
+        warn(warnings, warning)
+    return line
+
+
+def introduce(meter: Meter, config: Config, stream: TrainStream, val: list[Split], model, resumed, state, estimate=None):
     """The run in a few lines."""
     c, t, ranks, epochs = config, config.train, dist.get_world_size(), stream.epochs(config.max_steps)
     device = torch.cuda.get_device_name(meter.device) if meter.device.type == "cuda" else \
@@ -295,6 +308,8 @@ def introduce(meter: Meter, config: Config, stream: TrainStream, val: list[Split
     meter.say(f"sharding    {c.sharding.strategy}, activation checkpointing {c.sharding.activation_checkpointing}, "
               f"{c.train.precision}, compile {'on' if c.train.compile else 'off'}")
     meter.say(f"device      {device}" + ("" if meter.peak else "; its peak FLOP/s is not known, so no MFU"))
+    if estimate:
+        meter.say(f"memory      {estimate}")
     meter.say(f"run         {c.run_dir}" + (f", from {c.run.init_from}" if c.run.init_from and not resumed else ""))
     if resumed:
         meter.say(f"resuming    {resumed}: step {state['step']} on {state['world_size']} -> {ranks} ranks")
