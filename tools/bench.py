@@ -2,7 +2,8 @@
 
     python tools/bench.py configs/gpt2_124m.yaml --train.global_batch_size 12     any setting of launch/train.sh
     python tools/bench.py configs/shakespeare_char.yaml --ladder                  what each thing that is switched on gains
-    python tools/bench.py configs/gpt2_124m.yaml --vs 'cd ../nanoGPT && python train.py --max_iters=60' --vs-tokens-per-iter 491520
+    python tools/bench.py configs/shakespeare_char.yaml --vs-tokens-per-iter 16384 --vs \\
+        'cd ../nanoGPT && python train.py config/train_shakespeare_char.py --max_iters=60 --log_interval=1'
 
 What is timed is launch/train.sh itself, as a command, in a run folder that is thrown away: warm-up, then the timed steps,
 undisturbed; then a few more with clocks around forward, backward and optimizer, a few in torch's profiler, and a
@@ -109,13 +110,15 @@ def rank(folder: Path, argv: list[str]):
 
     def before_step(optimizer, *_):
         if clocked():
-            found["memory"]["gradients"] = size(p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
+            grads = (p.grad for group in optimizer.param_groups for p in group["params"])
+            found["memory"]["gradients"] = size(grad for grad in grads if grad is not None)
         enter("optimizer")
 
     def after_step(optimizer, *_):
         leave()
         if clocked():
-            found["memory"]["optimizer"] = size(t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t))
+            values = (value for state in optimizer.state.values() for value in state.values())
+            found["memory"]["optimizer"] = size(value for value in values if torch.is_tensor(value))
 
     @contextlib.contextmanager
     def waiting(meter):
@@ -136,6 +139,7 @@ def rank(folder: Path, argv: list[str]):
 
     def steps(of, config, device, meter):
         nonlocal at
+        begun = time.perf_counter()
         for at in profiled(of, config, device, meter):
             if at == 1:
                 found["startup"]["first step"] = time.perf_counter() - begun
@@ -144,7 +148,6 @@ def rank(folder: Path, argv: list[str]):
                 torch.cuda.reset_peak_memory_stats(device)
             if at == plan["warmup"] + plan["steps"]:
                 found["memory"]["peak"] = torch.cuda.max_memory_allocated(device) if cuda else resident("VmHWM")
-            begun = time.perf_counter()
             marks.append(now())
             yield at
         if cuda:
@@ -154,7 +157,7 @@ def rank(folder: Path, argv: list[str]):
                      tokens_per_step=config.tokens_per_step, flops_per_token=meter.flops_per_token,
                      recomputed=meter.recomputed, peak_flops=meter.peak, world_size=dist.get_world_size())
         found["parts"] = {"whole": step_s[plan["parts"]:plan["parts"] + PARTS]} | {
-            name: [sum(seconds(a, b) for step, a, b in those if step == s) for s in range(plan["parts"], plan["parts"] + PARTS)]
+            name: [sum(seconds(a, b) for step, a, b in those if step == plan["parts"] + i) for i in range(PARTS)]
             for name, those in parts.items()}
         if meter.writes:
             (folder / "measured.json").write_text(json.dumps(found))
@@ -199,10 +202,16 @@ def whole_logits():
 
 
 def plain_optimizer():
-    """AdamW, one parameter after the other."""
-    import torch
-    init = torch.optim.AdamW.__init__
-    torch.optim.AdamW.__init__ = lambda self, *args, **kwargs: init(self, *args, **kwargs | dict(fused=False, foreach=False))
+    """AdamW, one parameter after the other; it cannot leave out a step that is not finite."""
+    from torch.optim import AdamW
+    init, step = AdamW.__init__, AdamW.step
+
+    def unguarded(self, *args):
+        self.grad_scale = self.found_inf = None
+        return step(self, *args)
+
+    AdamW.__init__ = lambda self, *args, **kwargs: init(self, *args, **kwargs | dict(fused=False, foreach=False))
+    AdamW.step = unguarded
 
 
 def no_reading_ahead():
@@ -220,20 +229,17 @@ class Bench:
     """A config on this machine, with a folder for what is thrown away."""
 
     def __init__(self, argv: list[str], ranks: int, warmup: int, steps: int, traced: int, folder: Path):
-        self.argv, self.ranks, self.warmup, self.steps, self.traced, self.folder = argv, ranks, warmup, steps, traced, folder
-        self.config = self.check(argv)
-        self.argv = argv + stand_in(self.config, folder)
-        self.runs = 0
-
-    def check(self, argv):
         from nanogpt.config import load_config
-        return load_config([*argv, *self.own(9)], self.ranks, self.ranks)
+        self.ranks, self.warmup, self.steps, self.traced, self.folder, self.runs = ranks, warmup, steps, traced, folder, 0
+        self.config = load_config([*argv, *self.own(9)], ranks, ranks)
+        self.argv = argv + stand_in(self.config, folder)
 
     def own(self, steps: int) -> list[str]:
         """What a measurement asks of the run: its length, and nothing beside training."""
-        return [f"--train.max_steps={steps}", "--train.max_tokens=null", "--optim.warmup_steps=0", "--train.batch_schedule=null",
-                "--train.block_schedule=null", "--eval.interval=0", "--eval.sequences=1", "--eval.patience=0", "--eval.only=false",
-                "--checkpoint.interval=0", "--checkpoint.keep_best=false", "--log.wandb=off", "--run.resume=never"]
+        return [f"--train.max_steps={steps}", "--train.max_tokens=null", "--optim.warmup_steps=0",
+                "--train.batch_schedule=null", "--train.block_schedule=null", "--eval.interval=0", "--eval.sequences=1",
+                "--eval.patience=0", "--eval.only=false", "--checkpoint.interval=0", "--checkpoint.keep_best=false",
+                "--log.wandb=off", "--run.resume=never"]
 
     def measure(self, options=(), without=(), fully: bool = False) -> dict:
         """One run: its figures. fully: with what comes after the timed steps. UserError: it failed."""
@@ -250,8 +256,8 @@ class Bench:
             command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         under_torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         environment = {k: v for k, v in os.environ.items() if k not in under_torchrun}
-        (folder / "plan.json").write_text(json.dumps(dict(began=time.time(), warmup=self.warmup, steps=self.steps, parts=parts,
-                                                          checkpoint=fully, without=list(without))))
+        plan = dict(warmup=self.warmup, steps=self.steps, parts=parts, checkpoint=fully, without=list(without))
+        (folder / "plan.json").write_text(json.dumps(plan | dict(began=time.time())))
         with ended_with_us(command, env=environment) as process:
             said = process.communicate()[0].splitlines()
         if process.returncode or not (folder / "measured.json").exists():
@@ -263,8 +269,8 @@ class Bench:
 @contextlib.contextmanager
 def ended_with_us(command, **kwargs):
     """A process whose output is read, and which ends, with its children, when we do."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               errors="replace", start_new_session=True, **kwargs)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, errors="replace", start_new_session=True, **kwargs)
     try:
         yield process
     finally:
@@ -287,8 +293,8 @@ def stand_in(config, folder: Path) -> list[str]:
     text = folder / "text.txt"
     text.write_text("".join(alphabet + random.Random(0).choices(alphabet, k=n)), encoding="utf-8")
     tool = ROOT / "tools" / "convert_text_to_mds.py"
-    done = subprocess.run([sys.executable, str(tool), "--input", str(text), "--out", str(folder / "data"), "--tokenizer", "char",
-                           "--block-size", str(block), "--val-fraction", "0.05"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(tool), "--input", str(text), "--out", str(folder / "data"), "--tokenizer",
+                           "char", "--block-size", str(block), "--val-fraction", "0.05"], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"no data to measure with: {done.stderr.strip()}")
     print(f"data        {name} is not there: random tokens of {ids:,} ids in its place", flush=True)
@@ -326,8 +332,8 @@ def percentile(values: list[float], p: float) -> float:
 def show(f: dict):
     cuda = not f["device"].startswith("CPU")
     print(f"device      {f['ranks']} x {f['device']}")
-    print(f"speed       {f['tokens_per_s']:,.0f} tokens/s; a step of {f['tokens_per_step']:,} tokens takes {f['step_ms']:.2f} ms "
-          f"(median of {f['steps']}), {f['step_ms_p95']:.2f} ms at the 95th percentile")
+    print(f"speed       {f['tokens_per_s']:,.0f} tokens/s; a step of {f['tokens_per_step']:,} tokens takes "
+          f"{f['step_ms']:.2f} ms (median of {f['steps']}), {f['step_ms_p95']:.2f} ms at the 95th percentile")
     print(f"            {f['tflops_per_rank']:.3g} TFLOP/s a rank" + (
         f", MFU {f['mfu']:.1%}, HFU {f['hfu']:.1%} of {f['peak_tflops']:g}" if f["mfu"] else
         "; no MFU: the peak of this device is not known (--peak-tflops)"))
@@ -338,8 +344,8 @@ def show(f: dict):
           + (f"; the host waited for the device {f['waits_per_step']} times in the traced steps" if cuda else ""))
     c, m = f["checkpoint"], f["memory_mib"]
     print(f"checkpoint  in the background the loop stands still for {c['async_stall_s'] * 1e3:.0f} ms, else for "
-          f"{c['sync_stall_s'] * 1e3:.0f} ms ({c['async_stall_s'] / c['sync_stall_s']:.1%}); written after {c['async_s']:.2f} s; "
-          f"until then a copy takes {c['bytes'] / 2**20:.1f} MiB of host memory")
+          f"{c['sync_stall_s'] * 1e3:.0f} ms ({c['async_stall_s'] / c['sync_stall_s']:.1%}); "
+          f"written after {c['async_s']:.2f} s; until then a copy takes {c['bytes'] / 2**20:.1f} MiB of host memory")
     states = m["weights"] + m["gradients"] + m["optimizer"]
     base = 0 if cuda else m["before"]
     print(f"memory      weights {m['weights']:.1f} MiB, gradients {m['gradients']:.1f}, optimizer {m['optimizer']:.1f}"
@@ -359,7 +365,7 @@ def rungs(config) -> list[tuple[str, dict, set]]:
     from nanogpt import loss
     from nanogpt.model import padded
     settings, without = {"train.precision": "float32", "train.compile": "false"}, set(WITHOUT)
-    found = [("float32, nothing compiled, whole logits, AdamW without a fused kernel, nothing read ahead", dict(settings), set(without))]
+    found = [("float32, whole logits, AdamW tensor by tensor, no reading ahead", dict(settings), set(without))]
 
     def switch(what, on=(), off=""):
         settings.update(on)
@@ -390,9 +396,11 @@ def ladder(bench: Bench, repeats: int) -> list[dict]:
     rows = [dict(what=what, tokens_per_s=statistics.median(f["tokens_per_s"] for f in those),
                  peak_mib=statistics.median(f["peak_mib"] for f in those), runs=[f["tokens_per_s"] for f in those])
             for (what, _, _), those in zip(steps, runs)]
-    print(f"| {runs[0][0]['ranks']} x {runs[0][0]['device']} | tokens/s | x before | x first | memory, MiB |\n|---|---|---|---|---|")
+    device = f"{runs[0][0]['ranks']} x {runs[0][0]['device']}"
+    print(f"| {device} | tokens/s | x before | x first | memory, MiB |\n|---|---|---|---|---|")
     for i, row in enumerate(rows):
-        row |= dict(before=row["tokens_per_s"] / rows[max(0, i - 1)]["tokens_per_s"], first=row["tokens_per_s"] / rows[0]["tokens_per_s"])
+        before, first = rows[max(0, i - 1)]["tokens_per_s"], rows[0]["tokens_per_s"]
+        row |= dict(before=row["tokens_per_s"] / before, first=row["tokens_per_s"] / first)
         print(f"| {'+ ' * (0 < i and row['what'] != 'the config as it stands')}{row['what']} | {row['tokens_per_s']:,.0f} | "
               f"{row['before']:.2f} | {row['first']:.2f} | {row['peak_mib']:,.0f} |")
     return rows
@@ -438,11 +446,11 @@ def versus(bench: Bench, args) -> dict:
     for i in range(args.repeats):
         ours.append(figures(bench.measure(), None)["tokens_per_s"])
         theirs.append(other(args.vs, *reading))
-        print(f"  {i + 1}/{args.repeats}  {ours[-1]:>12,.0f} tokens/s here  {theirs[-1]:>12,.0f} there  ratio {ours[-1] / theirs[-1]:.2f}",
-              file=sys.stderr, flush=True)
+        print(f"  {i + 1}/{args.repeats}  {ours[-1]:>12,.0f} tokens/s here  {theirs[-1]:>12,.0f} there  "
+              f"ratio {ours[-1] / theirs[-1]:.2f}", file=sys.stderr, flush=True)
     ratios = [a / b for a, b in zip(ours, theirs)]
-    print(f"here {statistics.median(ours):,.0f} tokens/s, there {statistics.median(theirs):,.0f}: ratio {statistics.median(ratios):.2f} "
-          f"({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} turns)")
+    print(f"here {statistics.median(ours):,.0f} tokens/s, there {statistics.median(theirs):,.0f}: "
+          f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} turns)")
     return dict(ours=ours, theirs=theirs, ratio=statistics.median(ratios), ratios=ratios)
 
 
@@ -470,25 +478,28 @@ def default_ranks() -> int:
 def main():
     if sys.argv[1:2] == ["--rank"]:
         return rank(Path(sys.argv[2]), sys.argv[4:])
-    parser = Parser(description=__doc__.splitlines()[0], usage="bench.py CONFIG [options] [--section.key value …]", allow_abbrev=False,
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                    usage="bench.py CONFIG [options] [--section.key value …]",
                     epilog="Settings of the config follow as --section.key value; launch/train.sh --help lists them.")
     parser.add_argument("config", metavar="CONFIG", help="as configs/gpt2_124m.yaml")
     parser.add_argument("--steps", type=int, default=50, help="timed steps")
     parser.add_argument("--warmup", type=int, default=10, help="steps before them")
-    parser.add_argument("--ranks", type=int, default=None, metavar="N", help="processes (default: GPUs of this machine, else 1)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes (default: the GPUs of this machine, else 1)")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="of a device, in bfloat16, where our table lacks it")
     parser.add_argument("--ladder", action="store_true", help="one thing after the other switched on, as a Markdown table")
     parser.add_argument("--vs", metavar="CMD", help="another trainer's command, which takes turns with ours")
     parser.add_argument("--vs-tokens-per-iter", type=int, metavar="N", help="tokens of one of its iterations")
     parser.add_argument("--vs-regex", default=NANOGPT, help="finds the number in its output")
-    parser.add_argument("--vs-unit", default="ms", choices=["ms", "s", "tokens/s"], help="of that number: time of an iteration, or speed")
+    parser.add_argument("--vs-unit", default="ms", choices=["ms", "s", "tokens/s"],
+                        help="of that number: the time of an iteration, or a speed")
     parser.add_argument("--vs-skip", type=int, default=5, metavar="N", help="of its lines, so many are warm-up")
     parser.add_argument("--repeats", type=int, default=3, help="turns of --ladder and --vs")
     parser.add_argument("--profile", type=int, metavar="STEPS", help="keep a trace of so many steps, in ./profile")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures, for programs")
     ours, settings = settings_apart(sys.argv[1:])
     args = parser.parse_args(ours)
-    for name, least in (("steps", 1), ("warmup", 2), ("ranks", 1), ("repeats", 1), ("profile", 1), ("vs_skip", 0), ("vs_tokens_per_iter", 1)):
+    for name, least in (("steps", 1), ("warmup", 2), ("ranks", 1), ("repeats", 1), ("profile", 1), ("vs_skip", 0),
+                        ("vs_tokens_per_iter", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')}: {value} is below {least}")
     if args.peak_tflops is not None and not args.peak_tflops > 0:
@@ -496,7 +507,8 @@ def main():
     if args.ladder and args.vs:
         raise UserError("--ladder and --vs: one at a time")
     if args.vs and args.vs_unit in UNITS and not args.vs_tokens_per_iter:
-        raise UserError("--vs-tokens-per-iter: how many tokens is one iteration of the other trainer? Give batch x accumulation x block")
+        raise UserError("--vs-tokens-per-iter: how many tokens has an iteration of the other trainer? Give batch x "
+                        "accumulation x block")
     try:
         if re.compile(args.vs_regex).groups < 1:
             raise UserError(f"--vs-regex: {args.vs_regex!r} has no group (…) around the number")
@@ -504,7 +516,8 @@ def main():
         raise UserError(f"--vs-regex: {args.vs_regex!r} is no regular expression ({error})") from None
 
     with tempfile.TemporaryDirectory(prefix="bench.") as folder:
-        bench = Bench([args.config, *settings], args.ranks or default_ranks(), args.warmup, args.steps, args.profile or TRACED, Path(folder))
+        bench = Bench([args.config, *settings], args.ranks or default_ranks(), args.warmup, args.steps,
+                      args.profile or TRACED, Path(folder))
         if args.ladder:
             result = ladder(bench, args.repeats)
         elif args.vs:
