@@ -8,32 +8,43 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.autograd import DeviceType
 
 from nanogpt.config import Config
 from nanogpt.meter import Meter
+from nanogpt.watch import Watch
 
 # What the host calls when it waits for the device. aten::item asks for a number: on the device it waits too.
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::item")
 COMMUNICATION = ("nccl", "gloo:")
 
 
-def profiled(steps: range, config: Config, device: torch.device, meter: Meter):
-    """Yields the steps, from 0; those of log.profile (from 1, as everywhere in what a user reads) are traced."""
+def profiled(steps: range, config: Config, device: torch.device, meter: Meter, guard: Watch):
+    """Yields the steps, from 0; those of log.profile (from 1, as everywhere in what a user reads) are traced by rank 0.
+
+    A large trace takes minutes to write: guard is told, as of a save, and the other ranks wait.
+    """
     first, last = config.log.profile or (0, 0)
-    wanted, trace = range(first - 1, last) if config.log.profile and meter.writes else (), None
+    wanted, trace = range(first - 1, last) if meter.writes else (), None
     try:
         for step in steps:
             if trace is None and (step in wanted or step + 1 in wanted):  # the step before warms the profiler up
                 with meter.not_training():
                     trace = Trace(config.run_dir / "profile", max(step, wanted[0]), last, step not in wanted, device)
             yield step
-            if trace and trace.ends_with(step):
+            if trace:
+                trace.step(step)
+            if step + 1 == last:
+                guard.at(last, "checkpoint")
                 with meter.not_training():
-                    meter.say(f"profile     {trace.write()}")
-                trace, wanted = None, ()
+                    if trace:
+                        meter.say(f"profile     {trace.write()}")
+                    dist.barrier()
+                trace = None
     finally:  # the run ends before
-        if trace and trace.under_way:
+        if trace and trace.done > trace.first:
+            guard.at(trace.done, "checkpoint")
             meter.say(f"profile     {trace.write()}")
 
 
@@ -41,8 +52,8 @@ class Trace:
     """torch.profiler over the steps [first, last), after one more where warms_up."""
 
     def __init__(self, folder: Path, first: int, last: int, warms_up: bool, device: torch.device):
-        self.folder, self.first, self.last, self.cuda = folder, first, last, device.type == "cuda"
-        self.under_way = not warms_up
+        self.folder, self.first, self.cuda = folder, first, device.type == "cuda"
+        self.done = first
         kinds = torch.profiler.ProfilerActivity
         self.profile = torch.profiler.profile(
             activities=[kinds.CPU] + [kinds.CUDA] * self.cuda,
@@ -51,26 +62,25 @@ class Trace:
         if self.cuda:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
 
-    def ends_with(self, step: int) -> bool:
-        """To be called after each step; whether it was the last one."""
+    def step(self, step: int):
+        """To be called after each step."""
         self.profile.step()
-        self.under_way = True
         self.done = step + 1
-        return self.done == self.last
 
     def write(self) -> Path:
         """The files; returns the trace's path."""
         self.profile.stop()
         self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"steps-{self.first + 1}-{self.last}.json.gz"
+        name = f"steps-{self.first + 1}-{self.done}"
+        path = self.folder / f"{name}.json.gz"
         if self.cuda:
-            torch.cuda.memory._dump_snapshot(str(path.with_name(f"steps-{self.first + 1}-{self.last}.pickle")))
+            torch.cuda.memory._dump_snapshot(str(path.with_name(f"{name}.pickle")))
             torch.cuda.memory._record_memory_history(enabled=None)
         self.profile.export_chrome_trace(str(path))
         sort = "self_device_time_total" if self.cuda else "self_cpu_time_total"
         table = self.profile.key_averages().table(sort_by=sort, row_limit=40, max_name_column_width=60)
-        path.with_name(f"steps-{self.first + 1}-{self.last}.txt").write_text(
-            in_words(summary(self.profile.events()), self.first + 1, self.cuda) + "\n" + table)
+        path.with_name(f"{name}.txt").write_text(
+            in_words(summary(self.profile.events())[:self.done - self.first], self.first + 1, self.cuda) + "\n" + table)
         return path
 
 

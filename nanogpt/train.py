@@ -110,7 +110,7 @@ def train(config: Config, device: torch.device) -> dict:
     meter.start(first_step)
     model.train()
 
-    for step in profiled(range(first_step, last_step), config, device, meter):
+    for step in profiled(range(first_step, last_step), config, device, meter, guard):
         if signal_name := guard.asked_to_stop():
             break
         if config.model.dropout:  # a function of the step too, so that nothing of it needs saving

@@ -137,10 +137,10 @@ def rank(folder: Path, argv: list[str]):
             found["checkpoint"][f"{name}_s"] = time.perf_counter() - start
         found["checkpoint"]["bytes"] = size(nanogpt.checkpoint.tensors(model, optimizer).values())
 
-    def steps(of, config, device, meter):
+    def steps(of, config, device, meter, guard):
         nonlocal at
         begun = time.perf_counter()
-        for at in profiled(of, config, device, meter):
+        for at in profiled(of, config, device, meter, guard):
             if at == 1:
                 found["startup"]["first step"] = time.perf_counter() - begun
                 found["startup"]["all"] = time.time() - plan["began"]
