@@ -315,6 +315,12 @@ class HeldOut(_Strict):
     since: Annotated[int, Field(ge=0)]
 
 
+class Clock(_Strict):
+    """When the run was first started, and the seconds that its steps have taken since: see meter.py."""
+    began: float | None
+    trained_s: Annotated[float, Field(ge=0)]
+
+
 class State(_Strict):
     """state.json, as train.py writes it."""
     step: Step
@@ -326,6 +332,7 @@ class State(_Strict):
     world_size: Positive
     skipped_steps: list[Step]
     held_out: HeldOut = HeldOut(before=None, best=None, best_step=None, since=0)
+    clock: Clock = Clock(began=None, trained_s=0.0)
     recent_losses: list[Annotated[float, Field(ge=-3e38, le=3e38)] | None]
     versions: dict[Text, Text]
 
@@ -351,7 +358,7 @@ def read_state(path: Path) -> dict:
     try:
         checked = State.model_validate(state)
         state["recent_losses"] = checked.recent_losses  # floats, where JSON has whole numbers too
-        state["held_out"] = checked.held_out.model_dump()
+        state["held_out"], state["clock"] = checked.held_out.model_dump(), checked.clock.model_dump()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = "".join(f"{key}: " for key in map(str, first["loc"]) if key.isprintable())

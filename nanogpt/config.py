@@ -52,6 +52,12 @@ def _dividing(points: list[list[int]]) -> list[list[int]]:
     return points
 
 
+def _span(steps: list[int]) -> list[int]:
+    if steps[0] > steps[1]:
+        raise ValueError("its first step comes after its last")
+    return steps
+
+
 Point = Annotated[list[Few], Field(min_length=2, max_length=2)]
 Points = Annotated[list[Point], Field(min_length=1, max_length=50), AfterValidator(_rising)]
 
@@ -323,6 +329,8 @@ class Log(Section):
     interval: Size = Field(10, description="steps between log lines; only then does the host wait for the device")
     wandb: Literal["off", "online", "offline"] = Field("off", description="Weights & Biases; the key comes from its login")
     wandb_project: str = "nanogpt"
+    profile: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_span)] | None = Field(
+        None, description="[100, 103]: of these steps a trace, and on CUDA a memory snapshot, is written to RUN/profile")
 
 
 class Config(Section):
@@ -559,7 +567,8 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
 
 
 # Settings that are no single value, and what has names in them.
-NESTED = {"train": Source, "rope_scaling": RopeScaling, "batch_schedule": BatchSchedule, "block_schedule": None}
+NESTED = {"train": Source, "rope_scaling": RopeScaling, "batch_schedule": BatchSchedule, "block_schedule": None,
+          "profile": None}
 
 
 def _takes_value(arg: str) -> bool:

@@ -1,4 +1,9 @@
-"""What a run tells: console and log.txt, metrics.jsonl, wandb. Speed is measured over the training steps alone."""
+"""What a run tells: console and log.txt, metrics.jsonl, wandb. Speed is measured over the training steps alone.
+
+Goodput is the share of the time since the run was first started that became training: the time of its steps, each once,
+and without the first after each start, which compiles. What is lost: evaluations, saves, starts, steps done again after
+a kill, and all the time in which nothing ran. Both times outlive a kill, one in RUN/.started, one in the checkpoints.
+"""
 
 import contextlib
 import json
@@ -38,12 +43,33 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def recomputed_flops(model, activation_checkpointing: str) -> int:
+    """FLOPs a token that backward does again: the blocks' forward, 2 N + 4 L H Q T, or nothing that counts (selective)."""
+    if activation_checkpointing != "full":
+        return 0
+    (H, _, D), c = model.config.heads, model.config
+    return 2 * sum(p.numel() for p in model.transformer.h.parameters()) + 4 * c.n_layer * H * D * c.block_size
+
+
+def first_start(folder: Path) -> float:
+    """When training first began in a run folder, in seconds since 1970: now, if it never has."""
+    file, now = folder / ".started", time.time()
+    with contextlib.suppress(OSError), open(file, "x") as new:  # there already, or a full disk
+        new.write(f"{now}\n")
+    try:
+        return then if 0 < (then := float(file.read_text())) <= now else now
+    except (OSError, ValueError):
+        return now
+
+
 class Meter:
     """Times the loop and writes what it is given. Only rank 0 writes; all ranks may call everything."""
 
-    def __init__(self, config, device: torch.device, world_size: int, flops_per_token: int, writes: bool, state: dict):
+    def __init__(self, config, device: torch.device, world_size: int, flops_per_token: int, writes: bool, state: dict,
+                 recomputed: int = 0):
         self.config, self.device, self.world_size, self.writes = config, device, world_size, writes
-        self.flops_per_token, self.peak = flops_per_token, peak_flops(device)
+        self.flops_per_token, self.recomputed, self.peak = flops_per_token, recomputed, peak_flops(device)
+        self.clock, self.warm = state["clock"], False
         self.metrics, self.text, self.wandb = None, None, None
         self.last_step = config.max_steps
         self.era = state["data_history"][-1]  # since then, tokens follow from the config
@@ -60,6 +86,7 @@ class Meter:
         """
         if self.writes:
             folder = self.config.run_dir
+            self.clock["began"] = min(self.clock["began"] or math.inf, first_start(folder))
             take_back(folder / "metrics.jsonl", first_step or -1)  # a new run logs its step 0 anew
             self.metrics, self.text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
             for line in warnings:
@@ -123,11 +150,19 @@ class Meter:
         seconds = max(1e-9, time.perf_counter() - self.window_start - self.paused)
         tokens_per_s = (self.tokens(step) - self.tokens(step - steps)) / seconds
         mfu = tokens_per_s * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
+        hfu = mfu * (1 + self.recomputed / self.flops_per_token) if mfu else None
+        self.clock["trained_s"] += seconds * self.warm  # the first step of a start compiles: its time is lost
+        self.warm = True
         record = dict(step=step, tokens=self.tokens(step), loss=loss, learning_rate=learning_rate,
-                      grad_norm=grad_norm, step_time_s=seconds / steps, tokens_per_s=tokens_per_s, mfu=mfu,
-                      data_wait_fraction=self.waited / seconds, memory_gib=memory_gib(self.device), time=time.time())
+                      grad_norm=grad_norm, step_time_s=seconds / steps, tokens_per_s=tokens_per_s, mfu=mfu, hfu=hfu,
+                      data_wait_fraction=self.waited / seconds, goodput=self.goodput(),
+                      memory_gib=memory_gib(self.device), time=time.time())
         self.start(step)
         return record
+
+    def goodput(self) -> float | None:
+        """Training time as a share of the time since the run was first started; None on ranks that do not write."""
+        return self.clock["began"] and self.clock["trained_s"] / max(1e-9, time.time() - self.clock["began"])
 
     # ---- words ------------------------------------------------------------------------------------------------------
 
@@ -152,6 +187,7 @@ class Meter:
         parts = [f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}", f"loss {r['loss']:.4f}",
                  f"lr {r['learning_rate']:.2e}", f"norm {r['grad_norm']:.2f}", f"{_short(r['tokens_per_s'])} tok/s",
                  f"mfu {r['mfu']:.1%}" if r["mfu"] is not None else "", f"data {r['data_wait_fraction']:.1%}",
+                 f"goodput {r['goodput']:.0%}" if r["goodput"] is not None else "",
                  f"mem {r['memory_gib']:.1f} GiB", f"eta {duration(left)}"]
         return "  ".join(p for p in parts if p) + self.losses(r)
 

@@ -90,7 +90,8 @@ def warn(warnings: list[str], *lines: str):
 def new_state(stream: TrainStream) -> dict:
     """What state.json says of a run before its first step."""
     return dict(step=0, tokens=0, data_history=[dict(from_step=0, tokens=0, **stream.settings())], skipped_steps=[],
-                held_out=dict(before=None, best=None, best_step=None, since=0), recent_losses=[])
+                held_out=dict(before=None, best=None, best_step=None, since=0), clock=dict(began=None, trained_s=0.0),
+                recent_losses=[])
 
 
 def change_data(path: Path, state: dict, stream: TrainStream, different: dict, warnings: list[str]):
@@ -237,7 +238,7 @@ def run_state(config: Config, step: int, stream: TrainStream, tok, state: dict, 
     """state.json: what a checkpoint knows beside its tensors."""
     return dict(step=step, tokens=meter.tokens(step), config=config.model_dump(), data_history=state["data_history"],
                 next_samples=stream.fingerprint(step), tokenizer=tok.to_json(), world_size=dist.get_world_size(),
-                skipped_steps=numbers.skipped, held_out=state["held_out"],
+                skipped_steps=numbers.skipped, held_out=state["held_out"], clock=state["clock"],
                 recent_losses=[x if math.isfinite(x) else None for x in numbers.recent(step)[-numbers.RECENT:]],
                 versions=versions())
 

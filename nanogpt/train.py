@@ -24,9 +24,10 @@ from nanogpt.config import Config
 from nanogpt.errors import PeerLost, Stopped, UserError
 from nanogpt.health import Numbers
 from nanogpt.loss import IGNORE
-from nanogpt.meter import Meter
+from nanogpt.meter import Meter, recomputed_flops
 from nanogpt.model import separate_documents
 from nanogpt.optim import learning_rate, make_optimizer
+from nanogpt.profiler import profiled
 from nanogpt.ranks import init_process_group
 from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape, warn
 from nanogpt.sharding import build
@@ -67,7 +68,8 @@ def train(config: Config, device: torch.device) -> dict:
         checkpoint.load(resumed, model, optimizer)
     elif weights:
         weights.fill(model)
-    meter = Meter(config, device, world_size, model.flops_per_token(), writes=rank == 0, state=state)
+    meter = Meter(config, device, world_size, model.flops_per_token(), writes=rank == 0, state=state,
+                  recomputed=recomputed_flops(model, config.sharding.activation_checkpointing))
 
     def losses_now(step: int) -> dict:
         """Loss and bits a byte of each split."""
@@ -110,7 +112,7 @@ def train(config: Config, device: torch.device) -> dict:
     meter.start(first_step)
     model.train()
 
-    for step in range(first_step, last_step):
+    for step in profiled(range(first_step, last_step), config, device, meter, guard):
         if signal_name := guard.asked_to_stop():
             break
         if config.model.dropout:  # a function of the step too, so that nothing of it needs saving

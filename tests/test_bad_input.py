@@ -266,7 +266,7 @@ LATER = [  # found when the run folder has been made, which keeps its logs
 ]
 
 CASES = {case[0]: case[1:] for case in CONFIGS + DATA + RUNS + LATER}
-LOGS = {f"new{name}" for name in ("", "/checkpoints", "/config.yaml", "/log.txt", "/metrics.jsonl", "/.lock")} | {"run/.lock"}
+LOGS = {f"new{name}" for name in ("", "/checkpoints", "/config.yaml", "/log.txt", "/metrics.jsonl", "/.lock", "/.started")} | {"run/.lock"}
 
 
 # ---- the test -------------------------------------------------------------------------------------------------------
