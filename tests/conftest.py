@@ -1,10 +1,12 @@
 """What tests share: small datasets, and ranks that are started once."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two files are tested at a time, and threads that wait for others spin
 sys.path.insert(0, str(Path(__file__).parent))
 
 
