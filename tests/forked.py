@@ -5,6 +5,7 @@ its first line, with arguments, folder, environment, stdout and stderr of its ow
 """
 
 import atexit
+import gc
 import multiprocessing as mp
 import multiprocessing.resource_tracker
 import os
@@ -22,6 +23,7 @@ LOCK = threading.Lock()  # multiprocessing looks after all its children at each 
 
 def _become(command, cwd, env, stdout, stderr):
     """In the fork: what `python command…` does, and what becomes of it at its end."""
+    gc.freeze()  # what was imported is no garbage: looking through it takes most of a short run's time
     os.setsid()
     for number, pipe in ((1, stdout), (2, stderr)):
         os.dup2(pipe.fileno(), number)

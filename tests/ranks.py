@@ -3,6 +3,7 @@
 Starting a process takes longer than a process group: so four processes live as long as the suite.
 """
 
+import gc
 import os
 import socket
 import traceback
@@ -16,6 +17,7 @@ TIMEOUT_S = 180
 def _serve(rank: int, pipe):
     import torch
     import torch.distributed as dist
+    gc.freeze()  # see forked.py
     torch.set_num_threads(1)
     os.sched_getaffinity = lambda process: {0}  # so does ranks.py then: two threads make so small a model slower
     while (task := pipe.recv()) is not None:

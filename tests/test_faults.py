@@ -35,10 +35,11 @@ os.environ.update(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
 os.environ.pop("RANK", None)
 
 def save_and_die(at):
-    "Saves step 10, then step 20 up to the at-th time that anything below the folder is touched."
+    "Saves step 10 if at is 0, else step 20 up to the at-th time that anything below the folder is touched."
     model, optimizer = make()
     saver = checkpoint.Saver(checkpoint.Path(folder), 1, 0, asynchronous)
-    saver.save(model, optimizer, dict(step=10)); saver.wait()
+    if not at:
+        return saver.save(model, optimizer, dict(step=10)), saver.wait()
     open(folder + "/.step-00000015.partial", "w").close()  # what is left of an older kill does not matter
     touched = 0
     def hook(event, args):
@@ -51,9 +52,7 @@ def save_and_die(at):
     sys.addaudithook(hook)
     saver.save(model, optimizer, dict(step=20)); saver.wait()
 
-at = 1
-while True:
-    shutil.rmtree(folder, ignore_errors=True)
+def status_of(at):
     child = os.fork()
     if not child:
         try:
@@ -61,7 +60,15 @@ while True:
         finally:
             sys.stdout.flush(); sys.stderr.flush()
             os._exit(0)
-    status = os.waitpid(child, 0)[1]
+    return os.waitpid(child, 0)[1]
+
+at = 1
+assert status_of(0) == 0
+os.rename(folder, folder + ".10")
+while True:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(folder + ".10", folder)
+    status = status_of(at)
     print(json.dumps([at, status, sorted(os.listdir(folder))]), flush=True)
     newest = checkpoint.find(os.path.dirname(folder))
     checkpoint.verify(newest)
