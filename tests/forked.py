@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["nanogpt.train", "torch._dynamo"])
@@ -42,18 +43,23 @@ def _become(command, cwd, env, stdout, stderr):
 
 
 class Forked:
-    """Like subprocess.Popen of [sys.executable, *command], with pipes for stdout and stderr, in a session of its own."""
+    """Like subprocess.Popen of [sys.executable, *command], with pipes for stdout and stderr, in a session of its own.
 
-    def __init__(self, command, cwd=".", env=None):
-        ends = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
-        environment = dict(os.environ if env is None else env)
-        self.process = CONTEXT.Process(target=_become, args=(list(map(str, command)), str(cwd), environment, *(w for _, w in ends)))
+    stdout: a file, which then gets stderr too.
+    """
+
+    def __init__(self, command, cwd=".", env=None, stdout=None):
+        pipes = [] if stdout else [CONTEXT.Pipe(duplex=False) for _ in range(2)]
+        writers = [Connection(os.dup(stdout.fileno()), readable=False) for _ in range(2)] if stdout else [w for _, w in pipes]
+        self.args, environment = command, dict(os.environ if env is None else env)
+        self.process = CONTEXT.Process(target=_become, args=(list(map(str, command)), str(cwd), environment, *writers))
         with LOCK:
             self.process.start()
-        self.pid, self.said = self.process.pid, ["", ""]
-        self.readers = [threading.Thread(target=self._read, args=(i, r), daemon=True) for i, (r, _) in enumerate(ends)]
-        for (_, writer), reader in zip(ends, self.readers):
+        for writer in writers:
             writer.close()
+        self.pid, self.said = self.process.pid, ["", ""]
+        self.readers = [threading.Thread(target=self._read, args=(i, r), daemon=True) for i, (r, _) in enumerate(pipes)]
+        for reader in self.readers:
             reader.start()
 
     def _read(self, i, pipe):
