@@ -10,6 +10,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two files are tested at a time,
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that of two workers none is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_faults.py", "test_train.py"))
+
+
 @pytest.fixture(scope="session")
 def transformers():
     """transformers, which would import torchvision, which fails beside a CPU torch: say that there is none."""

@@ -25,14 +25,10 @@ def test_commands(tmp_path):
     for name in ("nanogpt", "tools", "launch", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    with open(tmp_path / "configs" / "shakespeare_char_cpu.yaml", "r+") as file:
-        text = file.read()
-        for was, now in (("n_layer: 4", "n_layer: 2"), ("n_embd: 128", "n_embd: 64"), ("sequences: 2000", "sequences: 90")):
-            assert was in text
-            text = text.replace(was, now)
-        file.seek(0)
-        file.write(text)
-        file.truncate()
+    config = tmp_path / "configs" / "shakespeare_char_cpu.yaml"
+    for was, now in (("n_layer: 4", "n_layer: 2"), ("n_embd: 128", "n_embd: 64"), ("sequences: 2000", "sequences: 90")):
+        assert was in config.read_text()
+        config.write_text(config.read_text().replace(was, now))
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "the tests' own"}
     commands = [line for block in blocks("bash") for line in block.splitlines() if line != ". .venv/bin/activate"]
     assert len(commands) >= 7
