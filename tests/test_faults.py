@@ -149,7 +149,7 @@ def started(small_run, name, *options, launcher=None, steps=5):  # noqa: F811
     words = command(small_run, name, *options)
     if launcher:
         words = [*launcher, *words[2 if launcher is WITHIN else 1:]]
-        process = subprocess.Popen(words, cwd=ROOT, env=ENV | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, text=True,
+        process = subprocess.Popen(words, cwd=ROOT, env=ENV | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     else:
         process = Forked(words[1:], ROOT, ENV)
