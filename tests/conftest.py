@@ -1,11 +1,18 @@
 """What tests share: small datasets, and ranks that are started once."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two files are tested at a time, and threads that wait for others spin
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that of two workers none is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_faults.py", "test_train.py"))
 
 
 @pytest.fixture(scope="session")

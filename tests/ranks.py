@@ -1,22 +1,25 @@
 """Gloo ranks that are started once, and run one function after another in process groups of any size.
 
-Importing torch and streaming takes seconds, a process group milliseconds: so four processes live as long as the suite.
+Starting a process takes longer than a process group: so four processes live as long as the suite.
 """
 
-import multiprocessing as mp
+import gc
 import os
 import socket
 import traceback
+
+from forked import CONTEXT
 
 RANKS = 4
 TIMEOUT_S = 180
 
 
 def _serve(rank: int, pipe):
-    os.environ["OMP_NUM_THREADS"] = "1"
     import torch
     import torch.distributed as dist
+    gc.freeze()  # see forked.py
     torch.set_num_threads(1)
+    os.sched_getaffinity = lambda process: {0}  # so does ranks.py then: two threads make so small a model slower
     while (task := pipe.recv()) is not None:
         function, args, world_size, local_world_size, port = task
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % local_world_size),
@@ -32,11 +35,10 @@ def _serve(rank: int, pipe):
 
 class Ranks:
     def __init__(self):
-        context = mp.get_context("spawn")
         self.pipes, self.processes = [], []
         for rank in range(RANKS):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)

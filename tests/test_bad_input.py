@@ -7,7 +7,8 @@ line: the file or the option, and what is wrong or what to do. Each case runs in
     mds/  char/      one text as two datasets, of the byte tokenizer and of char
     empty.txt  short.txt
 
-which it must leave as it was, to the byte.
+which it must leave as it was, to the byte. What Python runs is forked.py's, but for bash, torchrun, mounts, and a Python
+in which nothing is installed.
 """
 
 import functools
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import pytest
 from conftest import convert
+from forked import run_forked
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 120
@@ -277,7 +279,11 @@ def run(typed: str, here: Path) -> tuple[int, str, str]:
     first = next(i for i, word in enumerate(words) if "=" not in word)
     environment = {name: value for name, value in os.environ.items() if name not in RANKS} | ENVIRONMENT
     environment |= dict(word.split("=", 1) for word in words[:first])
-    process = subprocess.Popen([*PROGRAMS[words[first]], *words[first + 1:]], cwd=here, env=environment, text=True,
+    program = PROGRAMS[words[first]]
+    if program[0] == sys.executable and len(program) == 2:
+        done = run_forked([program[1], *words[first + 1:]], here, environment, TIMEOUT_S)
+        return done.returncode, done.stdout, done.stderr
+    process = subprocess.Popen([*program, *words[first + 1:]], cwd=here, env=environment, text=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                start_new_session=True)
     try:
@@ -344,6 +350,7 @@ def test_one_clear_line(name, attempts):
     if typed.startswith("torchrun"):  # has a report of its own, which begins as `W0131 23:59:59.` and says Traceback
         stderr, report = re.split(r"^(?=[WE]\d{4} \d\d:)", stderr + "W0131 23:59:59.", maxsplit=1, flags=re.MULTILINE)
         assert "error: " not in report and "[rank" not in report
+        assert "error_file: <N/A>" not in report.split("Root Cause")[-1]  # which is our line
     lines = stderr.splitlines()
     assert status == 1, stderr
     assert len(lines) == len(wanted), stderr

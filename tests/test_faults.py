@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Forked, run_forked
 from test_bad_input import OWN_MOUNTS, may_mount
 from test_launch import ENV, ROOT, TORCHRUN
 from test_train import SMALL, STEPS, plain_loop, small_run, train_run  # noqa: F401
@@ -26,19 +27,23 @@ WITHIN = ["bash", "launch/train.sh", "--nproc_per_node=2"]
 SAVES = """
 import json, os, shutil, signal, sys
 sys.path[:0] = ["tests", "."]
-import torch, xxhash
+import gc
+import torch, torch._dynamo, xxhash
 import torch.distributed as dist, torch.distributed.checkpoint, torch.distributed.fsdp
 from test_checkpoint import make
 from nanogpt import checkpoint
+import nanogpt.sharding, nanogpt.optim
+gc.freeze()
 folder, asynchronous = sys.argv[1], sys.argv[2] == "async"
 os.environ.update(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
 os.environ.pop("RANK", None)
 
 def save_and_die(at):
-    "Saves step 10, then step 20 up to the at-th time that anything below the folder is touched."
+    "Saves step 10 if at is 0, else step 20 up to the at-th time that anything below the folder is touched."
     model, optimizer = make()
     saver = checkpoint.Saver(checkpoint.Path(folder), 1, 0, asynchronous)
-    saver.save(model, optimizer, dict(step=10)); saver.wait()
+    if not at:
+        return saver.save(model, optimizer, dict(step=10)), saver.wait()
     open(folder + "/.step-00000015.partial", "w").close()  # what is left of an older kill does not matter
     touched = 0
     def hook(event, args):
@@ -51,9 +56,7 @@ def save_and_die(at):
     sys.addaudithook(hook)
     saver.save(model, optimizer, dict(step=20)); saver.wait()
 
-at = 1
-while True:
-    shutil.rmtree(folder, ignore_errors=True)
+def status_of(at):
     child = os.fork()
     if not child:
         try:
@@ -61,7 +64,15 @@ while True:
         finally:
             sys.stdout.flush(); sys.stderr.flush()
             os._exit(0)
-    status = os.waitpid(child, 0)[1]
+    return os.waitpid(child, 0)[1]
+
+at = 1
+assert status_of(0) == 0
+os.rename(folder, folder + ".10")
+while True:
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(folder + ".10", folder)
+    status = status_of(at)
     print(json.dumps([at, status, sorted(os.listdir(folder))]), flush=True)
     newest = checkpoint.find(os.path.dirname(folder))
     checkpoint.verify(newest)
@@ -133,13 +144,15 @@ def test_a_full_disk_does_not_end_the_run(small_run, plain_loop):  # noqa: F811
     agrees(small_run, "full", plain_loop)
 
 
-def started(small_run, name, *options, launcher=None, steps=5, **kwargs):  # noqa: F811
+def started(small_run, name, *options, launcher=None, steps=5):  # noqa: F811
     """A run in a session of its own, in which some steps are done."""
     words = command(small_run, name, *options)
     if launcher:
         words = [*launcher, *words[2 if launcher is WITHIN else 1:]]
-    process = subprocess.Popen(words, cwd=ROOT, env=ENV | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **kwargs)
+        process = subprocess.Popen(words, cwd=ROOT, env=ENV | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    else:
+        process = Forked(words[1:], ROOT, ENV)
     until(lambda: count(small_run, name) >= steps, process)
     return process
 
@@ -161,13 +174,14 @@ SLOWLY = ["--train.micro_batch_size=1", "--eval.interval=1", "--eval.sequences=6
 
 def test_a_second_run_in_the_folder_is_refused(small_run):  # noqa: F811
     first = started(small_run, "two", *SLOWLY, "--checkpoint.interval=2", "--train.max_steps=100000")
-    second = subprocess.run(command(small_run, "two"), cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=120)
+    first.send_signal(signal.SIGSTOP)  # it lives, and leaves the cores to others
+    second = run_forked(command(small_run, "two")[1:], ROOT, ENV)
     first.kill()
     first.communicate()
     assert second.returncode == 1
     assert second.stderr.startswith(f"error: {small_run.folder}/two: another run trains there (process {first.pid} on ")
     assert len(second.stderr.splitlines()) == 1
-    third = subprocess.run(command(small_run, "two", "--train.max_steps=1", "--optim.warmup_steps=0"), cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=120)
+    third = run_forked(command(small_run, "two", "--train.max_steps=1", "--optim.warmup_steps=0")[1:], ROOT, ENV)
     assert third.returncode == 0, third.stderr  # the lock has died with its owner
 
 
@@ -220,7 +234,9 @@ def test_a_signal_to_the_launcher_saves_on_all_ranks(small_run, plain_loop, laun
     lines = metrics(small_run, name)
     assert process.returncode == 75 and err == "" if launcher is WITHIN else process.returncode != 0 and "error: " not in err
     assert f"stopped by {number} after step {len(lines)} of {STEPS}, and saved" in out and len(lines) < STEPS
-    assert checkpoint.step_of(checkpoint.find(small_run.folder / name)) == len(lines)
+    assert out.count("8 sequences = 2 ranks x 1 x 4 accumulated") == out.count(f" 3/{STEPS} ") == 1  # rank 0 alone speaks
+    state = checkpoint.read_state(checkpoint.find(small_run.folder / name))
+    assert (state["step"], state["world_size"]) == (len(lines), 2)
     small_run(name, 1, "--train.micro_batch_size=8")
     agrees(small_run, name, plain_loop)
 
@@ -241,7 +257,7 @@ def ranks_of(process) -> list[int]:
 
 def test_max_restarts_brings_a_run_back_by_itself(small_run, plain_loop):  # noqa: F811
     """One rank is killed; after the restart one hangs. torchrun starts the ranks again, and the run is the same."""
-    process = started(small_run, "restarts", *SLOWLY, "--checkpoint.interval=2", "--run.timeout_s=5",
+    process = started(small_run, "restarts", *SLOWLY, "--checkpoint.interval=2", "--run.timeout_s=3",
                       launcher=[*TORCHRUN, "--max-restarts=2"])
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     log = small_run.folder / "restarts" / "log.txt"

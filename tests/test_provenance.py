@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from test_shards import call_tool, hashes, one_line, run_tool
+from test_train import train_run
 
 from nanogpt import shards
 from nanogpt.config import Config
@@ -64,7 +65,7 @@ class Corpus:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, ranks):
     """A run of 3 steps on a mixture, then of 3 on one of its datasets in another order."""
     folder = tmp_path_factory.mktemp("provenance")
     a = Corpus(folder, "a", [40, 2, 1, 30, 60, 3, 45] * 4, 32, 0.2)
@@ -72,9 +73,7 @@ def run(tmp_path_factory):
     (folder / "c.yaml").write_text(f"data: {{train: [{{path: {a.path}, proportion: 2}}, {{path: {b.path}}}]}}")
 
     def train(*options):
-        command = [sys.executable, str(ROOT / "launch/train.sh"), str(folder / "c.yaml"), *SMALL,
-                   f"--run.dir={folder / 'run'}", *options]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        ranks(1, train_run, [str(folder / "c.yaml"), *SMALL, f"--run.dir={folder / 'run'}", *options])
 
     train("--train.max_steps=3")
     train("--train.max_steps=6", "--data.train=none", f"--data.path={a.path}", "--data.shuffle_seed=5",

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,14 @@ def blocks(kind: str) -> list[str]:
 
 
 def test_commands(tmp_path):
-    """In a folder of its own, with the environment that runs the tests in the place of .venv."""
-    for name in ("nanogpt", "configs", "tools", "launch", "README.md"):
+    """In a folder of its own, with the environment that runs the tests in the place of .venv, and a smaller model."""
+    for name in ("nanogpt", "tools", "launch", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    config = tmp_path / "configs" / "shakespeare_char_cpu.yaml"
+    for was, now in (("n_layer: 4", "n_layer: 2"), ("n_embd: 128", "n_embd: 64"), ("sequences: 2000", "sequences: 90")):
+        assert was in config.read_text()
+        config.write_text(config.read_text().replace(was, now))
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": "the tests' own"}
     commands = [line for block in blocks("bash") for line in block.splitlines() if line != ". .venv/bin/activate"]
     assert len(commands) >= 7
