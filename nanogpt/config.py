@@ -559,8 +559,8 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
         elif isinstance(values.setdefault(section, {}), dict):
             try:
                 listed = name in NESTED and value[:1] in ("[", "{")
-                values[section][name] = yaml.load(value, _Loader) if listed else \
-                    None if value in ("null", "none", "None") else value
+                empty = value in ("null", "None") or value == "none" and name != "activation_checkpointing"  # a mode there
+                values[section][name] = yaml.load(value, _Loader) if listed else None if empty else value
             except Exception as error:  # as above
                 problems.append(f"{option}: not valid YAML: {' '.join(str(error).split())[:200]}")
     return problems

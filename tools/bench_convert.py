@@ -9,6 +9,7 @@ and do nothing else. Then the converter, as a command, on a text file of documen
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -53,14 +54,16 @@ def _bare(path, name, i, workers, ready, results):
     results.put(tokens / (time.perf_counter() - began))
 
 
-def converted(path: Path, name: str, workers: int, out: Path) -> tuple[float, float]:
-    """(tokens a second of the whole command, its largest memory in MiB, all processes together)."""
+def converted(path: Path, name: str, workers: int, out: Path, every_s: float = 0.05) -> tuple[float, float]:
+    """(tokens a second of the whole command, its largest memory in MiB, all processes together, looked at every_s)."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # what was written before is not this command's to wait for
     command = [sys.executable, str(Path(__file__).with_name("convert_text_to_mds.py")), "--input", str(path), "--out", str(out),
-               "--tokenizer", name, "--workers", str(workers), "--document-separator", SEPARATOR.replace("\n", "\\n"), "--overwrite"]
+               "--tokenizer", name, "--workers", str(workers), "--document-separator", SEPARATOR.replace("\n", "\\n")]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = [0]
-    watch = threading.Thread(target=_watch, args=(process, peak), daemon=True)
+    watch = threading.Thread(target=_watch, args=(process, peak, every_s), daemon=True)
     watch.start()
     if process.wait():
         raise UserError("the converter failed; see above")
@@ -70,8 +73,8 @@ def converted(path: Path, name: str, workers: int, out: Path) -> tuple[float, fl
     return sum(split["tokens"] for split in card["splits"].values()) / seconds, peak[0] / 2**20
 
 
-def _watch(process, peak):
-    """The resident memory of a process and its children, twenty times a second."""
+def _watch(process, peak, every_s):
+    """The resident memory of a process and its children."""
     page = os.sysconf("SC_PAGE_SIZE")
     while process.poll() is None:
         total = 0
@@ -81,7 +84,7 @@ def _watch(process, peak):
             except (OSError, IndexError):
                 pass
         peak[0] = max(peak[0], total)
-        time.sleep(0.05)
+        time.sleep(every_s)
 
 
 def _children(pid: int) -> list[int]:
@@ -117,7 +120,7 @@ def main():
         ratios = []
         for i in range(args.rounds):
             alone = bare(text, args.tokenizer, args.workers)
-            speed, _ = converted(text, args.tokenizer, args.workers, folder / "out")
+            speed, _ = converted(text, args.tokenizer, args.workers, folder / "out", every_s=1)
             ratios.append(speed / alone)
             print(f"round {i + 1}: bare {alone:,.0f} tokens/s, converted {speed:,.0f} tokens/s, ratio {ratios[-1]:.3f}", flush=True)
         print(f"{args.tokenizer}, {args.workers} workers, {args.megabytes} MB: the conversion keeps "
