@@ -32,12 +32,19 @@ COPIED = 1 << 22  # bytes that are held at a time, of a file that is read again
 def import_streaming():
     """The `streaming` module, imported without its parts for vision, text and multimodal data.
 
-    Nothing here needs them, and they bring in transformers, and torchvision, which fails beside a CPU build of torch.
-    Empty modules hold their places during the import, and leave it with no trace for others who want the real ones.
+    Nothing here needs them, nor the loader that knows two classes of transformers, and they bring in torchvision, which
+    fails beside a CPU build of torch, and seconds of imports. Empty modules hold their places during the import, and leave
+    it with no trace for others who want the real ones.
     """
     if "streaming" not in sys.modules:
-        unwanted = [f"streaming.{part}" for part in ("vision", "text", "multimodal")]
-        sys.modules.update({name: types.ModuleType(name) for name in unwanted})
+        unwanted = {f"streaming.{part}": None for part in ("vision", "text", "multimodal")}
+        if "transformers" not in sys.modules:
+            unwanted |= {"transformers": None, "transformers.feature_extraction_utils": "BatchFeature",
+                         "transformers.tokenization_utils_base": "BatchEncoding"}
+        for name, wanted in unwanted.items():
+            sys.modules[name] = types.ModuleType(name)
+            if wanted:
+                setattr(sys.modules[name], wanted, type(wanted, (), {}))
         try:
             import streaming  # noqa: F401
         finally:

@@ -108,6 +108,7 @@ def train(config: Config, device: torch.device) -> dict:
     if early := stops_early(config, held_out):
         last_step = first_step
     gc.collect()
+    gc.freeze()   # all that was imported: looking through it takes longer than a small model's step
     gc.disable()  # a collection at a random moment on one rank is a wait for all: at log steps instead, on all at once
     meter.start(first_step)
     model.train()
@@ -181,6 +182,7 @@ def train(config: Config, device: torch.device) -> dict:
 
     # ---- end --------------------------------------------------------------------------------------------------------
     gc.enable()
+    gc.unfreeze()
     guard.at(done, "checkpoint")
     if signal_name and done > saved_step:
         if told := numbers.look(done, stream, meter):
