@@ -126,10 +126,10 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
     # Gradients of the micro-batches before: sharded, or whole where they are summed late.
     late = more and not frees
     summed = 4 * whole if late else state["gradients"] * more
-    # On their way in float32: those of a block; at last of the root, in, out, and a copy where nobody shares.
+    # On their way in float32: those of a block; at last of the root, in, out, and a copy where all is on every rank.
     replicas = c.sharding.strategy in ("hybrid", "replicate")
     sent = 4 * block * (1 / shards if late else 1 + replicas / shards)
-    last = 4 * max(block if frees or world_size > 1 else whole, others) * (1 + 1 / shards + (shards == 1))
+    last = 4 * max(block if frees or world_size > 1 else whole, others) * (1 + 1 / shards + (shards == 1 < world_size))
 
     mode, tensors = c.sharding.activation_checkpointing[0], kept(c, cuda)
     acts, of_a_block = activations(c, cuda), tokens * sum(n for _, n, modes in tensors if mode in modes)

@@ -51,7 +51,8 @@ def plain_attention(q, k, v, dropout=0.0, mask=None):
     k, v: (B, n_kv_head, S, head), S ≥ T. mask (B, 1, T, S): what each query sees; None: itself, and all before it.
     """
     (B, H, T, D), S = q.shape, k.size(2)
-    q, k, v = (x.repeat_interleave(H // x.size(1), 1).reshape(B * H, -1, D) for x in (q, k, v))
+    k, v = (x if x.size(1) == H else x.repeat_interleave(H // x.size(1), 1) for x in (k, v))
+    q, k, v = (x.reshape(B * H, -1, D) for x in (q, k, v))
     if mask is None:
         hidden = torch.full((T, S), float("-inf"), dtype=q.dtype, device=q.device).triu(1 + S - T)
     else:

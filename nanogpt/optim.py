@@ -69,7 +69,9 @@ class Muon(torch.optim.AdamW):
         weights, grads, momenta = ([t.to_local() if isinstance(t, DTensor) else t for t in of] for of in
                                    (params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]))
         rate = group["lr"]
-        if (bad := getattr(self, "found_inf", None)) is not None:  # as AdamW's kernel does, without asking the device:
+        if (scale := getattr(self, "grad_scale", None)) is not None:              # both as AdamW's kernel does, without
+            grads = [g / scale for g in grads]                                    # asking the device
+        if (bad := getattr(self, "found_inf", None)) is not None:
             grads = [torch.where(bad > 0, m, g) for m, g in zip(momenta, grads)]  # the momentum stays what it is,
             rate = rate * (1 - bad)                                               # and the step has no length
         for m, g in zip(momenta, grads):

@@ -46,12 +46,12 @@ def freeze(model: GPT, n: int):
 
 
 def make_mesh(c: Sharding, device_type: str) -> DeviceMesh:
-    """full and grad: (world,), all ranks share. Else (replicas, shards): shards are neighbours, on one machine.
+    """full, grad, and one rank: (world,), all share. Else (replicas, shards): shards are neighbours, on one machine.
 
     FSDP's ZeRO-3, ZeRO-2, HSDP and plain data parallelism are the same code on these meshes (Rajbhandari et al., 2020).
     """
     world = dist.get_world_size()
-    if c.strategy in ("full", "grad"):
+    if c.strategy in ("full", "grad") or world == 1:
         return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
     shards = 1 if c.strategy == "replicate" else c.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return init_device_mesh(device_type, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
@@ -79,9 +79,9 @@ def shard(model: GPT, config: Config, device_type: str):
     wrap(model, reshard_after_forward=False)  # embedding, head and last norm: needed at both ends of forward
 
     # Gradients are summed over ranks, not averaged: the loss is already divided by the tokens of all ranks. Each module
-    # has a setting of its own, and gloo knows no other reduction than the plain sum.
+    # has a setting of its own, and gloo knows no other reduction than the plain sum. (Alone, even to divide by 1 is a copy.)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and mesh.size() > 1:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 

@@ -139,15 +139,14 @@ def train(config: Config, device: torch.device) -> dict:
             part.backward()
             loss += part.detach()
             guard.at(step + 1, "compute")
-        reducing = dist.all_reduce(loss, async_op=True)
+        if world_size > 1:
+            dist.all_reduce(loss)
         norm = gradient_norm(model)
-        reducing.wait()
 
         # What is not finite never reaches the weights: the optimizer then leaves everything as it is. The host learns
-        # of it when it next looks.
-        optimizer.grad_scale, optimizer.found_inf = None, numbers.see(step, loss, norm)
-        if config.optim.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.grad_clip, norm)
+        # of it when it next looks. And it divides by grad_scale, so that clipping (as clip_grad_norm_) takes no pass of its own.
+        optimizer.found_inf = numbers.see(step, loss, norm)
+        optimizer.grad_scale = ((norm + 1e-6) / config.optim.grad_clip).clamp(min=1) if config.optim.grad_clip else None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -230,8 +229,13 @@ def due(done: int, interval: int) -> bool:
 
 def gradient_norm(model) -> torch.Tensor:
     """The 2-norm of the whole gradient, over all ranks; a scalar on the device."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm, mesh = torch.nn.utils.get_total_norm([grad.to_local() for grad in grads]), grads[0].device_mesh
+    if mesh.size(-1) > 1:  # ranks that have one part each
+        squares = norm.square()
+        dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+        norm = squares.sqrt()
+    return norm
 
 
 @torch.no_grad()

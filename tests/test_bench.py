@@ -61,7 +61,7 @@ def test_the_figures_of_a_run(config, monkeypatch, capsys):
     again = 2 * (matrices + 2 * layers * width) + 4 * layers * width * block  # activation checkpointing: all blocks again
     assert found["mfu"] == pytest.approx(found["tokens_per_s"] * flops / 0.5e12)
     assert found["hfu"] == pytest.approx(found["mfu"] * (flops + again) / flops)
-    assert found["parts_ms"].keys() == {"forward", "backward", "norm and clipping", "optimizer", "the rest"}
+    assert found["parts_ms"].keys() == {"forward", "backward", "gradient norm", "optimizer", "the rest"}
     assert all(ms > 0 for ms in found["parts_ms"].values())
     assert found["startup_s"].keys() == {"import", "process group", "data", "model", "first step", "all"}
     assert found["startup_s"]["all"] > sum(found["startup_s"].values()) / 2

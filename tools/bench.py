@@ -173,8 +173,7 @@ def rank(folder: Path, argv: list[str]):
     waiting_for_data, training.Meter.waiting_for_data = training.Meter.waiting_for_data, waiting
     training.init_process_group = startup("process group", training.init_process_group)
     training.TrainStream = startup("data", training.TrainStream)
-    training.gradient_norm = within("norm and clipping", training.gradient_norm)
-    torch.nn.utils.clip_grads_with_norm_ = within("norm and clipping", torch.nn.utils.clip_grads_with_norm_)
+    training.gradient_norm = within("gradient norm", training.gradient_norm)
     torch.autograd.backward = within("backward", torch.autograd.backward)
     register_optimizer_step_pre_hook(before_step)
     register_optimizer_step_post_hook(after_step)
@@ -202,7 +201,7 @@ def whole_logits():
 
 
 def plain_optimizer():
-    """AdamW, one parameter after the other; it cannot leave out a step that is not finite."""
+    """AdamW, one parameter after the other; it neither clips nor leaves out a step that is not finite."""
     from torch.optim import AdamW
     init, step = AdamW.__init__, AdamW.step
 
