@@ -75,9 +75,8 @@ def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
     flex = cuda and compiled and not m.dropout and 16 <= D <= 128
     tensors = [("x", e * C, "sf" + x), norm, ("ln_1(x)", e * C, "n")]
     if short or not cuda and m.dropout:                           # no fused kernel: (heads, T, T) is kept
-        a = e if short else 4                                     # torch's own is in float32
-        tensors += [("q, k, v", e * (H + 2 * K) * D, "s"), ("q, k, v by head", a * 3 * H * D, "n"),
-                    ("attention to each token", a * H * T * (3 if m.dropout else 1), "n"), ("attention", e * H * D, "n")]
+        tensors += [("q, k, v", e * (H + 2 * K) * D, "s"), ("q, k, v by head", e * 3 * H * D, "n"),
+                    ("attention to each token", e * H * T * (3 if m.dropout else 1), "n"), ("attention", e * H * D, "n")]
     else:
         tensors += [("q, k, v", e * (H + 2 * K) * D, "ns"), ("attention, log of its sums", (e * D + 4) * H, "ns"),
                     ("q, k turned", e * (H + K) * D * (m.qk_norm or m.position == "rope"), "n"),

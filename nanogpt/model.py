@@ -45,6 +45,17 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
 
 
+def drop(x, p, training=True):
+    """F.dropout (Srivastava et al., 2014). On a CPU that draws one number after the other, and takes most of a small model's
+    step; there, 16 random bits decide on each element, four of which come from one draw.
+    """
+    if not (p and training) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    p = min(round(p * 65536), 65535) / 65536
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()]
+    return x * (bits.view(x.shape) >= int(p * 65536) - 32768).to(x.dtype).div_(1 - p)
+
+
 def plain_attention(q, k, v, dropout=0.0, mask=None):
     """Attention written out: what F.scaled_dot_product_attention is held against. q: (B, n_head, T, head).
 
@@ -58,7 +69,7 @@ def plain_attention(q, k, v, dropout=0.0, mask=None):
     else:
         hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf")).expand(B, H, T, S).flatten(0, 1)
     scores = torch.baddbmm(hidden, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))   # (B * n_head, T, S): scale and mask in one
-    return (F.dropout(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
+    return (drop(scores.softmax(-1), dropout) @ v).view(B, H, T, D)
 
 
 def separate_documents(c: ModelConfig, tok, blocks=False):
@@ -112,8 +123,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)                                              # those of all tokens so far
         dropout = self.dropout if self.training else 0.0
-        # In bfloat16 on a CPU the fused kernel is the slower one up to 512 tokens: 5 times at 64, twice at 256.
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512
+        # In bfloat16 on a CPU the fused kernel is the slower one up to 512 tokens: 5 times at 64, twice at 256. And it has
+        # no dropout there.
+        slow = q.device.type == "cpu" and (dropout > 0 or q.dtype == torch.bfloat16 and T <= 512)
         if isinstance(mask, BlockMask):
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) > k.size(1))
         elif self.fused and not slow:
@@ -126,7 +138,7 @@ class CausalSelfAttention(nn.Module):
         else:
             y = plain_attention(q, k, v, dropout, mask)
         y = y.transpose(1, 2).reshape(B, T, -1)                                    # heads side by side again
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return drop(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -146,7 +158,7 @@ class MLP(nn.Module):
             x = F.relu(x).square()
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return drop(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -194,7 +206,7 @@ class GPT(nn.Module):
             rope = rope_angles(self.config, torch.arange(T, device=idx.device) if positions is None else positions)
         else:
             x = x + (self.transformer.wpe.weight[:T] if positions is None else self.transformer.wpe(positions))
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = drop(x, self.config.dropout, self.training)
         for i, block in enumerate(self.transformer.h):
             x = block(x, rope, mask, cache and cache[i])
         return self.transformer.ln_f(x)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nanogpt import loss as loss_module
 from nanogpt.config import Model
 from nanogpt.loss import IGNORE, cross_entropy_sum
-from nanogpt.model import GPT, CausalSelfAttention, padded
+from nanogpt.model import GPT, CausalSelfAttention, drop, padded
 
 
 def small(**changes) -> GPT:
@@ -125,3 +125,23 @@ def test_chunked_loss_and_gradients_are_those_of_the_plain_one(monkeypatch, dtyp
 def test_padding_of_the_vocabulary():
     assert [padded(n) for n in (1, 64, 65, 257, 50257)] == [64, 64, 128, 320, 50304]
     assert small().lm_head.weight.shape == (64, 32)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.999])
+def test_dropout_on_a_cpu(p):
+    """Elements are kept one independently of another, and what is kept makes up for the rest."""
+    x = torch.full((1001, 999), 3.0, requires_grad=True)
+    torch.manual_seed(1)
+    y = drop(x, p)
+    kept = (y != 0).double()
+    sigma = (p * (1 - p) / y.numel()) ** 0.5
+    assert abs(kept.mean() - (1 - p)) < 5 * sigma + 1 / 65536
+    torch.testing.assert_close(y, 3 / (1 - p) * kept.float(), rtol=0.02 if p > 0.9 else 1e-4, atol=0)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / 3)
+    flat = kept.flatten() - kept.mean()
+    for lag in (1, 2, 3, 4, 5, 999):  # four come from one draw
+        assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 * p * (1 - p) / y.numel() ** 0.5, lag
+    torch.manual_seed(1)
+    assert torch.equal(drop(x, p), y) and not torch.equal(drop(x, p), y)
+    assert drop(x, p, training=False) is x and drop(x, 0.0) is x
