@@ -23,6 +23,10 @@ class Stopped(Exception):
     STATUS = 75  # EX_TEMPFAIL: try again later
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the default of each option."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors raised as UserError (one line, not a page of usage) and defaults shown in --help."""
 

@@ -60,7 +60,7 @@ def states(c: Config, world_size: int, local_world_size: int | None = None) -> d
 
 def moments(c: Config, name: str, shape) -> int:
     """Tensors of its size that the optimizer keeps of a parameter: 2, of AdamW; 1, of Muon, for the matrices of blocks."""
-    return 1 if getattr(c.optim, "name", "adamw") == "muon" and ".h." in name and len(shape) == 2 else 2
+    return 1 if c.optim.name == "muon" and ".h." in name and len(shape) == 2 else 2
 
 
 def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from nanogpt.words import duration, short
+
 # Dense bfloat16 tensor-core peaks in TFLOP/s, from the vendors' data sheets; the first name found in the device's
 # own name counts, so the longer names come first.
 PEAK_TFLOPS = {
@@ -185,7 +187,7 @@ class Meter:
             return f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}{self.losses(r)}"
         left = (self.tokens(self.last_step) - r["tokens"]) / r["tokens_per_s"]
         parts = [f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}", f"loss {r['loss']:.4f}",
-                 f"lr {r['learning_rate']:.2e}", f"norm {r['grad_norm']:.2f}", f"{_short(r['tokens_per_s'])} tok/s",
+                 f"lr {r['learning_rate']:.2e}", f"norm {r['grad_norm']:.2f}", f"{short(r['tokens_per_s'])} tok/s",
                  f"mfu {r['mfu']:.1%}" if r["mfu"] is not None else "", f"data {r['data_wait_fraction']:.1%}",
                  f"goodput {r['goodput']:.0%}" if r["goodput"] is not None else "",
                  f"mem {r['memory_gib']:.1f} GiB", f"eta {duration(left)}"]
@@ -273,18 +275,3 @@ def _step(line: bytes) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return sys.maxsize
-
-
-def _short(n: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return f"{n:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """3:07, 2:03:07, 5d 02:03"""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    return f"{days}d {h:02}:{m:02}" if days else f"{h}:{m:02}:{s:02}" if h else f"{m}:{s:02}"

@@ -51,9 +51,9 @@ def drop(x, p, training=True):
     """
     if not (p and training) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    p = min(round(p * 65536), 65535) / 65536
+    p = min(round(p * 65536), 65535)  # of 65536
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()]
-    return x * (bits.view(x.shape) >= int(p * 65536) - 32768).to(x.dtype).div_(1 - p)
+    return x * (bits.view(x.shape) >= p - 32768).to(x.dtype).div_(1 - p / 65536)
 
 
 def plain_attention(q, k, v, dropout=0.0, mask=None):

@@ -2,11 +2,10 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from test_numbers import GRADIENT, INF, NAN, bad_run, newest_state, told_skipped  # noqa: F401
-from test_train import MODERN, SMALL, STEPS, small_run  # noqa: F401
+from test_train import MODERN, SMALL, STEPS, plain_parts, small_run  # noqa: F401
 
 from nanogpt.errors import UserError
 
@@ -17,17 +16,8 @@ def plain_loop(small_run, text_dataset, *options, skipped=()):  # noqa: F811
     """(losses, norms) of a loop with torch.optim.Muon and AdamW, one process and no FSDP; steps in `skipped` (from 1) are
     not applied.
     """
-    from nanogpt.config import load_config
-    from nanogpt.model import GPT
     from nanogpt.sharding import freeze
-    from nanogpt.shards import import_streaming
-    from nanogpt.stream import TrainStream
-    config = load_config([str(small_run.config), *SMALL, f"--train.max_steps={STEPS}", "--train.micro_batch_size=8", *options])
-    stream = TrainStream(config)
-    samples = import_streaming().LocalDataset(local=str(text_dataset / "train"))
-    config.model.vocab_size = 257
-    model = GPT(config.model)
-    model.init_weights(config.run.seed)
+    config, model, loss_of, share = plain_parts(small_run, text_dataset, *options)
     freeze(model, config.train.freeze_blocks)
     (H, K, D), swiglu = config.model.heads, config.model.mlp == "swiglu"
     matrices, matrix_of, rest = [], [], []
@@ -46,14 +36,10 @@ def plain_loop(small_run, text_dataset, *options, skipped=()):  # noqa: F811
                                dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)], betas=(0.9, 0.95), weight_decay=0.1)
     losses, norms = [], []
     for step in range(STEPS):
-        lr = (step + 1) / 5 if step < 4 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / (STEPS - 4)))
-        muon.param_groups[0]["lr"] = 0.01 * lr
+        muon.param_groups[0]["lr"] = 0.01 * share(step)
         for group in adamw.param_groups:
-            group["lr"] = 0.004 * lr
-        rows = [samples[s]["tokens"][part * 32:part * 32 + 33] for s, part in stream.sequences(step).tolist()]
-        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
-        logits = model.lm_head(model.hidden(tokens[:, :-1]))[..., :257]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            group["lr"] = 0.004 * share(step)
+        loss = loss_of(step)
         model.zero_grad()
         loss.backward()
         losses.append(loss.item())

@@ -10,7 +10,7 @@ import torch
 from test_train import SMALL, train_run
 
 from nanogpt import loss, memory
-from nanogpt.config import Config
+from nanogpt.config import Config, Optim
 from nanogpt.errors import UserError
 from nanogpt.model import GPT, Block
 from nanogpt.sharding import build, checkpoint_activations
@@ -34,6 +34,8 @@ STATES = [make(dict(n_embd=36, n_head=2, n_layer=2, block_size=33) | model, dict
           for sharding in (dict(strategy="full"), dict(strategy="grad"), dict(strategy="hybrid", shard_size=2),
                            dict(strategy="replicate"))
           for model, frozen in ((MODERN | dict(n_kv_head=1), 0), (dict(), 1))]
+STATES.append(make(dict(n_embd=36, n_head=2, n_layer=2, block_size=33), strategy="full").model_copy(
+    update=dict(optim=Optim(name="muon"))))
 
 
 def measured_states(configs: list[Config]) -> list[dict]:
@@ -48,9 +50,10 @@ def measured_states(configs: list[Config]) -> list[dict]:
         optimizer = make_optimizer(model, config.optim)
         ids = torch.zeros(1, 8, dtype=torch.int64)
         model(ids, ids).backward()
-        optimizer.step()
         params = [p for p in model.parameters()]
-        of = dict(weights=params, gradients=[p.grad for p in params if p.grad is not None],
+        gradients = [p.grad for p in params if p.grad is not None]
+        optimizer.step()
+        of = dict(weights=params, gradients=gradients,
                   optimizer=[t for state in optimizer.state.values() for t in state.values()])
         found.append({k: sum(getattr(t, "_local_tensor", t).nbytes for t in tensors) for k, tensors in of.items()})
     return found

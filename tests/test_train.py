@@ -67,8 +67,10 @@ def plain_step(optimizer, loss):
     return loss.item(), norm.item()
 
 
-def run_plain_loop(small_run, text_dataset, *options):
-    """(losses, gradient norms) of a loop without FSDP, ranks, accumulation or our reader of shards."""
+def plain_parts(small_run, text_dataset, *options):
+    """(config, model, loss of step i, its learning rate as a share of the peak): what a loop without FSDP, ranks,
+    accumulation or our reader of shards is made of.
+    """
     from nanogpt.config import load_config
     from nanogpt.model import GPT
     from nanogpt.shards import import_streaming
@@ -79,18 +81,28 @@ def run_plain_loop(small_run, text_dataset, *options):
     config.model.vocab_size = 257
     model = GPT(config.model)
     model.init_weights(config.run.seed)
-    optimizer = plain_optimizer(model.parameters())
-    losses, norms = [], []
-    for step in range(STEPS):
-        lr = 0.01 * (step + 1) / 5 if step < 4 else \
-            0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * (step - 4) / (STEPS - 4)))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+
+    def loss(step):
         rows = [samples[s]["tokens"][part * 32:part * 32 + 33] for s, part in stream.sequences(step).tolist()]
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
         logits = model.lm_head(model.hidden(tokens[:, :-1]))[..., :257]  # without the padding of the vocabulary
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        for found, value in zip((losses, norms), plain_step(optimizer, loss)):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    def share(step):
+        return (step + 1) / 5 if step < 4 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / (STEPS - 4)))
+
+    return config, model, loss, share
+
+
+def run_plain_loop(small_run, text_dataset, *options):
+    """(losses, gradient norms)"""
+    _, model, loss, share = plain_parts(small_run, text_dataset, *options)
+    optimizer = plain_optimizer(model.parameters())
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * share(step)
+        for found, value in zip((losses, norms), plain_step(optimizer, loss(step))):
             found.append(value)
     return losses, norms
 

@@ -20,16 +20,12 @@ belongs to the completion. A sample is filled with whole pairs, in their order.
 import os
 import shutil
 import sys
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import SUPPRESS
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
-
-
-class Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and the default of each option."""
+from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
 
 
 def make_parser(description: str) -> Parser:

@@ -13,7 +13,6 @@ That model against published figures: Llama 3.1 8B, fully sharded, 2 x 8192 toke
 says 99.6 %: it knows neither jitter nor GPUs that wait for the slowest. What one node reaches, it is told by --mfu.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -22,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.config import load_config  # noqa: E402
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
+from nanogpt.words import duration, short  # noqa: E402
 
 # GB/s a GPU in one direction, from the vendors' data sheets: NVLink within a node; between nodes InfiniBand, one port each.
 # Others have neither: PCIe 4 and 100 Gb/s.
@@ -34,14 +34,10 @@ HIDDEN = 0.8     # share of communication that goes on behind computing
 HOP_S = 10e-6    # seconds from node to node, in each collective
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and leaves the lines of the epilog as they are."""
-
-
 def main():
     parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2],
                     usage="%(prog)s CONFIG --gpus N --gpu-memory GIB [options] [--section.key VALUE …]")
-    parser.formatter_class = Formatter
+    parser.formatter_class = Help
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML of configs/, or your own")
     add("--gpus", type=positive(int), required=True, metavar="N", help="GPUs in all")
@@ -120,20 +116,19 @@ def plan(config, notes: list[str], args) -> dict:
     import torch
 
     from nanogpt import memory
+    from nanogpt.meter import recomputed_flops
     from nanogpt.model import GPT
     with torch.device("meta"):
         model = GPT(config.model)
     m, t, gpus, node = config.model, config.train, args.gpus, min(args.gpus, args.gpus_per_node)
     params, flops, room = model.num_params(), model.flops_per_token(), int(args.gpu_memory * 2**30)
-    again = 2 * sum(p.numel() for p in model.transformer.h.parameters())  # forward of the blocks, once more
-    again += 4 * m.n_layer * m.n_head * m.heads[2] * m.block_size
     tokens, modes = t.sequences(config.max_steps) * m.block_size or None, {}
     for mode in memory.MODES:
         c = memory.changed(config, activation_checkpointing=mode)
         fits, divides = (memory.largest_micro_batch(c, gpus, node, int(0.9 * room), divides=d) for d in (False, True))
-        speed = gpus * args.mfu * args.peak / (flops + again * (mode == "full"))
+        by_hardware = flops + recomputed_flops(model, mode)
         modes[mode] = dict(bytes=memory.predict(c, gpus, node), largest_micro_batch=fits, largest_that_divides=divides,
-                           hardware_flops_per_token=flops + again * (mode == "full"), tokens_per_s=speed)
+                           hardware_flops_per_token=by_hardware, tokens_per_s=gpus * args.mfu * args.peak / by_hardware)
     mode = config.sharding.activation_checkpointing
     scaling = scale(config, args, modes[mode]["hardware_flops_per_token"])
     for found in modes.values():
@@ -249,8 +244,7 @@ def scale(config, args, flops: float) -> list[dict]:
 
 def table(f: dict, args) -> str:
     from nanogpt.memory import gib
-    from nanogpt.meter import duration
-    modes, tokens = f["modes"], f"{big(f['tokens'])} tokens" if f["tokens"] else "no end is set"
+    modes, tokens = f["modes"], f"{short(f['tokens'])} tokens" if f["tokens"] else "no end is set"
     lines = [f"note: {note}" for note in f["notes"]]
     lines += [f"{f['config']}: {f['parameters'] / 1e6:,.2f}M parameters, {tokens}, {f['tokens_per_step']:,} a step; "
               f"{args.gpus} x {args.gpu} of {args.gpu_memory:g} GiB, strategy {f['strategy']}",
@@ -263,7 +257,7 @@ def table(f: dict, args) -> str:
              ("largest micro-batch", *(str(of["largest_micro_batch"] or "none fits") for of in modes.values())),
              ("  that divides the batch", *(str(of["largest_that_divides"] or "none fits") for of in modes.values())),
              ("GFLOP a token by hardware", *(f"{of['hardware_flops_per_token'] / 1e9:.3f}" for of in modes.values())),
-             (f"tokens/s at {args.mfu:.0%}", *(big(of["tokens_per_s"]) for of in modes.values()))]
+             (f"tokens/s at {args.mfu:.0%}", *(short(of["tokens_per_s"]) for of in modes.values()))]
     if f["tokens"]:
         rows += [("time", *(duration(3600 * of["hours"]) for of in modes.values()))]
     if f["tokens"] and args.price:
@@ -273,11 +267,11 @@ def table(f: dict, args) -> str:
               "and gaps take some)",
               f"host memory a GPU: {gib(f['host_bytes_a_gpu'])} GiB, for an asynchronous save and what is offloaded", ""]
     c = f["chinchilla"]
-    lines += [f"Chinchilla (Hoffmann et al., 2022): 20 tokens a parameter are {big(c['tokens'])} tokens; "
+    lines += [f"Chinchilla (Hoffmann et al., 2022): 20 tokens a parameter are {short(c['tokens'])} tokens; "
               f"loss {c['loss']:.3f} by their fit, of their text and tokenizer"]
     if f["tokens"]:
         lines += [f"  this run: {c['tokens_a_parameter']:.1f} tokens a parameter, {c['loss_of_this_run']:.3f}; the best "
-                  f"model for its compute: {big(c['best_parameters'])} parameters, {c['loss_of_best']:.3f}"]
+                  f"model for its compute: {short(c['best_parameters'])} parameters, {c['loss_of_best']:.3f}"]
     if f["scaling"]:
         each, (near, far) = f["scaling"][0]["sequences"] // f["scaling"][0]["gpus"], network(args.gpu)
         lines += ["", f"Many GPUs, each with the same {each} sequences a step; seconds of a step, and of its communication:",
@@ -290,13 +284,6 @@ def table(f: dict, args) -> str:
                   f"{HOP_S * 1e6:.0f} µs a node in each collective; no",
                   "jitter, no slow link (--help holds it against published figures)"]
     return "\n".join(lines)
-
-
-def big(n: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return f"{n:.0f}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
+from nanogpt.words import short  # noqa: E402
 
 
 def main():
@@ -118,13 +119,6 @@ def draw(curves: dict[str, list[dict]], out: Path):
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); take another --out") from None
     plt.close(figure)
-
-
-def short(n: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return f"{n:.0f}"
 
 
 if __name__ == "__main__":
