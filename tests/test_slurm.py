@@ -1,0 +1,233 @@
+"""launch/slurm.sbatch under a real SLURM: a controller and four node daemons of its own, on this machine and in one folder.
+
+One job is asked to stop, requeued, loses a node, is cancelled, and goes on on one node; beside it two jobs want the same
+run folder, and the one that gets it reaches its time limit. Each start costs seconds, so all of it is one story.
+"""
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+import xxhash
+from test_launch import ENV, ROOT
+from test_train import SMALL, STEPS, plain_parts, small_run  # noqa: F401
+
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # where Debian has the daemons
+NEEDED = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name)]
+pytestmark = pytest.mark.skipif(bool(NEEDED), reason=f"needs a SLURM to start (Debian: slurm-wlm, munge); there is no {NEEDED}")
+NODES = ["n1", "n2", "n3", "n4"]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class Cluster:
+    """munged, slurmctld and a slurmd for each node; key, sockets, configuration and state in `folder`, nothing elsewhere."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.daemons = folder, {}
+        self.env = ENV | {"SLURM_CONF": str(folder / "slurm.conf"), "GLOO_SOCKET_IFNAME": "lo"}
+        user, host = pwd.getpwuid(os.getuid()).pw_name, socket.gethostname()
+        controller, *ports = free_ports(1 + len(NODES))
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o400)
+        (folder / "slurm.conf").write_text("\n".join([
+            "ClusterName=test", f"SlurmctldHost={host}(127.0.0.1)", f"SlurmctldPort={controller}",
+            "AuthType=auth/munge", "CredType=cred/munge", f"AuthInfo=socket={folder}/munge.socket",
+            f"SlurmUser={user}", f"SlurmdUser={user}", f"StateSaveLocation={folder}/state",
+            f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmctldLogFile={folder}/slurmctld.log",
+            f"SlurmdSpoolDir={folder}/%n", f"SlurmdPidFile={folder}/%n.pid", f"SlurmdLogFile={folder}/%n.log",
+            "ProctrackType=proctrack/pgid", "TaskPlugin=task/none", "MpiDefault=none", "SelectType=select/cons_tres",
+            "SlurmdParameters=config_overrides", "SlurmdTimeout=5", "SchedulerParameters=sched_interval=1,bf_interval=1",
+            *(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=1000"
+              for node, port in zip(NODES, ports)),
+            "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE", ""]))
+        for name in ("state", *NODES):
+            (folder / name).mkdir()
+
+    def start(self):
+        munge = [f"--{name}={self.folder}/munge.{kind}" for name, kind in (
+            ("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("log-file", "log"), ("seed-file", "seed"))]
+        self.daemon("munged", "munged", "--foreground", "--force", *munge)  # --force: a folder of ours alone
+        self.until((self.folder / "munge.socket").exists, 30)
+        self.daemon("slurmctld", "slurmctld", "-D", "-i")
+        cores = sorted(os.sched_getaffinity(0))
+        for i, node in enumerate(NODES):  # one core each, so that a rank has as many threads as the undisturbed run's
+            self.daemon(node, "slurmd", "-D", "-N", node, core=cores[i % len(cores)])
+        self.until(lambda: self("sinfo", "-h", "-N", "-o", "%t", check=False).count("idle") == len(NODES), 60)
+
+    def daemon(self, name, *words, core=None):
+        with open(self.folder / f"{name}.out", "w") as out:
+            self.daemons[name] = subprocess.Popen(
+                words, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}))
+
+    def __call__(self, *words, check=True) -> str:
+        """What a command of SLURM says."""
+        done = subprocess.run(words, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 or not check, f"{words}\n{done.stderr}"
+        return done.stdout.strip()
+
+    def until(self, condition, seconds):
+        limit = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < limit, "\n".join(
+                f"======== {path.name}\n{path.read_text()[-3000:]}" for path in self.folder.rglob("*.out"))
+            time.sleep(0.05)
+
+    def state(self, job: str) -> str:
+        said = self("scontrol", "show", "job", "--oneliner", job)
+        return said.split(" JobState=")[1].split()[0]
+
+    def again(self, job: str):
+        """Starts a requeued job at once: SLURM leaves two minutes to nodes that may be in trouble."""
+        def starts():
+            self("scontrol", "update", f"job={job}", "StartTime=now", check=False)
+            return self.state(job) == "RUNNING"
+
+        self.until(starts, 60)
+
+    def processes(self, node: str) -> list[int]:
+        """Those that run for jobs on a node, and the daemons that started them."""
+        found = set()
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (path / "environ").read_bytes().split(b"\0")
+                if f"SLURMD_NODENAME={node}".encode() in environment and f"SLURM_CONF={self.folder}/slurm.conf".encode() in environment:
+                    found.add(int(path.name))
+                    parent = int((path / "status").read_text().split("\nPPid:")[1].split()[0])
+                    if (Path("/proc") / str(parent) / "comm").read_text().startswith("slurmstepd"):
+                        found.add(parent)
+            except (OSError, IndexError):  # it has ended meanwhile
+                pass
+        return sorted(found)
+
+    def lose(self, node: str):
+        """As if somebody had pulled the plug: no daemon says goodbye, no job is told."""
+        self.daemons[node].kill()
+        for pid in self.processes(node):
+            kill(pid)
+
+    def stop(self):
+        if "slurmctld" in self.daemons:
+            self("scancel", "--user", str(os.getuid()), check=False)
+        for node in NODES:
+            for pid in self.processes(node):
+                kill(pid)
+        for process in self.daemons.values():
+            process.terminate()
+        for process in self.daemons.values():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def kill(pid: int):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+RECORDER = """
+import os
+if "RANK" in os.environ:  # not in torchrun itself
+    import xxhash
+    import nanogpt.train as training
+    learning_rate, inputs_and_targets, step = training.learning_rate, training.inputs_and_targets, None
+    seen = os.open(os.environ["SEEN"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    def begins(now, config):
+        global step
+        step = now
+        return learning_rate(now, config)
+    def record(tokens, block):
+        x, y = inputs_and_targets(tokens, block)
+        rows = [xxhash.xxh64(a.numpy().tobytes() + b[-1:].numpy().tobytes()).hexdigest() for a, b in zip(x, y)]
+        os.write(seen, "".join(f"{os.getpid()} {step} {row}\\n" for row in rows).encode())
+        return x, y
+    training.learning_rate, training.inputs_and_targets = begins, record
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path: that of a socket has 107 bytes
+        one = Cluster(Path(folder))
+        try:
+            one.start()
+            yield one
+        finally:
+            one.stop()
+
+
+def test_preempted_requeued_a_node_lost_cancelled(cluster, small_run, text_dataset, tmp_path):  # noqa: F811
+    """Its curve is that of the undisturbed run, and every sequence is the one that belongs there."""
+    folder = small_run.folder
+    (tmp_path / "sitecustomize.py").write_text(RECORDER)
+    cluster.env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "SEEN": str(tmp_path / "seen")}
+    slowly = ["--train.micro_batch_size=1", "--eval.interval=1", "--eval.sequences=64"]  # enough time to be hit
+
+    def submit(run, *words, steps=STEPS):
+        return cluster("sbatch", "--parsable", f"--output={cluster.folder}/%j.out", *words, "launch/slurm.sbatch",
+                       str(small_run.config), *SMALL, *slowly, "--checkpoint.interval=2", f"--run.dir={folder / run}",
+                       f"--train.max_steps={steps}")
+
+    def steps(run="job"):
+        path = folder / run / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def said(job):
+        return (cluster.folder / f"{job}.out").read_text()
+
+    def trains(run="job"):
+        before = steps(run)
+        cluster.until(lambda: steps(run) >= before + 3, 120)
+
+    job = submit("job")
+    cluster.until(lambda: cluster.state(job) == "RUNNING", 20)
+    array = submit("array", "--nodes=1", "--array=0-1", "--time=1", steps=1000000)
+    print("array", array)
+    times = [time.monotonic()]
+    def took(what):
+        times.append(time.monotonic()); print(what, round(times[-1] - times[-2], 1), flush=True)
+
+    trains(); took("first")
+    cluster("scancel", "--signal=USR1", job)
+    cluster.until(lambda: cluster.state(job) == "PENDING", 60)
+    assert f"stopped by SIGUSR1 after step {steps()} of {STEPS}, and saved" in said(job)
+    assert said(job).splitlines()[-1] == "saved: requeued"
+    cluster.again(job); took("again")
+
+    trains(); took("second")
+    cluster("scontrol", "requeue", job)
+    cluster.again(job); took("again")
+    trains(); took("third")
+    cluster.lose("n2")
+    cluster.until(lambda: cluster.state(job) != "RUNNING", 60); took("lost")
+    cluster.again(job); took("again")
+    trains(); took("fourth")
+    cluster("scancel", job)
+    cluster.until(lambda: "saved: " in said(job).splitlines()[-1], 60); took("cancelled")
+    print(cluster.state(job), said(job))
+    last = submit("job", "--nodes=1"); took("submit")
+    cluster.until(lambda: cluster.state(last) == "COMPLETED", 60); took("last")
+    print(said(last))
+    print(cluster("squeue"), cluster("sinfo", "-N"))
+    for path in sorted(cluster.folder.glob("*.out")):
+        if path.name[0].isdigit():
+            print(path, path.read_text()[:3000])
