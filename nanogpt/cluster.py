@@ -47,7 +47,7 @@ CLOCK_S = 1.0               # object stores refuse at 15 minutes, SLURM's munge 
 MiB, GiB = 1 << 20, 1 << 30
 
 
-def main():
+def main(argv: list[str] | None = None):
     """Parses the command line, runs all checks, prints what was found. Raises UserError, one line a problem."""
     parser = Parser(prog="launch/check_cluster.sh", description=__doc__.split("\n")[0] + f"""
 
@@ -60,15 +60,14 @@ Settings of the network, in the environment of every node alike:
 
 """ + "\n".join(f"    {name:32}{meaning}" for name, meaning in SETTINGS.items()))
     parser.formatter_class = Help
-    parser.add_argument("--folder", action="append", metavar="DIR", help="where runs, or cached shards, will be: its disk is "
-                        "measured, and whether all nodes see the same; may be given again (default: runs, or the folder here)")
-    parser.add_argument("--local-folder", action="append", metavar="DIR", default=[],
-                        help="the same for one that each node has for itself: a cache")
+    parser.add_argument("--folder", nargs="+", metavar="DIR", default=["runs"], help="where runs will be: the speed of its "
+                        "disk, and whether all nodes see the same")
+    parser.add_argument("--local-folder", nargs="+", metavar="DIR", default=[], help="the speed of those that each node has "
+                        "for itself: caches of shards")
     parser.add_argument("--min-bandwidth", type=float, default=0.1, metavar="GB/S", help="of all-reduce between two nodes")
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes a node for all-reduce (default: one a GPU, else 1)")
+    parser.add_argument("--ranks", type=int, metavar="N", default=0, help="processes a node; 0: one for each GPU, else one")
     parser.add_argument("--timeout", type=float, default=60, metavar="S", help="of each step of the check, in seconds")
-    args = parser.parse_args()
-    args.folder = args.folder or ["runs" if os.path.isdir("runs") else "."]
+    args = parser.parse_args(argv)
     Check(args).run()
 
 
@@ -76,7 +75,9 @@ class Check:
     """One process of the check. The first of each node, local 0, stands for it; more of them, one a GPU, only all-reduce."""
 
     def __init__(self, args):
-        self.args, self.problems = args, []
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a lost connection means is told here
+        import torch
+        self.args, self.problems, self.gpus = args, [], torch.cuda.device_count()
         self.node, self.nodes, self.local, self.local_size, self.address, self.port, self.serves = self.place()
         host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         self.name = f"node {self.node} ({host})"
@@ -91,8 +92,7 @@ class Check:
                         rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
             except KeyError as missing:
                 raise UserError(f"RANK is set and {missing.args[0]} is not: start with torchrun, or unset RANK") from None
-        import torch
-        size = self.args.ranks or max(1, torch.cuda.device_count())
+        size = self.args.ranks or max(1, self.gpus)
         if "SLURM_STEP_ID" in env:
             nodes, tasks = int(env["SLURM_STEP_NUM_NODES"]), int(env["SLURM_STEP_NUM_TASKS"])
             if tasks != nodes:
@@ -125,8 +125,8 @@ class Check:
         # ---- together -----------------------------------------------------------------------------------------------
         try:
             self.meet()
-            listening, mine["ports"] = answer(mine["addresses"].values())
-            all_of_them = self.exchange("facts", mine)
+            mine["ports"] = answer(self.node, set(mine["addresses"].values()))
+            all_of_them = self.exchange("facts", mine, steps=1 + len(mine["disk"]))  # which they may still be at
             self.look_at_shared_folders()
             reached = self.reach(all_of_them)
             told = self.exchange("told", dict(problems=self.problems, reached=reached))
@@ -134,16 +134,14 @@ class Check:
             raise UserError("\n".join([*self.problems, str(error)])) from None
         problems = [line for one in told for line in one["problems"]]
         problems += differences(all_of_them) + self.clocks(all_of_them, told)
-        meets = all(one["reached"] == self.nodes - 1 for one in (t | dict(reached=len(t["reached"])) for t in told))
-        meets = meets and len({one["ranks"] for one in all_of_them}) == 1
+        meets = all(len(one["reached"]) == self.nodes - 1 for one in told) and len({one["ranks"] for one in all_of_them}) == 1
         if self.node == 0:
             self.store.set("go", "yes" if meets else "no")
         results = {}
         if meets and self.nodes * self.local_size > 1:
             results = self.bandwidths()
         if self.node:
-            verdict = self.verdict()
-            if verdict != "well":
+            if self.verdict() != "well":
                 sys.exit(1)
             return
         if not meets:
@@ -163,7 +161,7 @@ class Check:
     def verdict(self) -> str:
         """What node 0 makes of it all; it prints."""
         try:
-            self.store.set_timeout(timedelta(seconds=(self.nodes + 2) * self.args.timeout))
+            self.store.set_timeout(timedelta(seconds=(self.nodes + 1) * self.args.timeout))
             found = self.store.get("verdict").decode()
             self.store.add("left", 1)
             return found
@@ -215,20 +213,15 @@ class Check:
                 self.problem(f"GPU {index}: slowed down by its hardware (heat or power): look at its cooling")
             if used.isdigit() and int(used) > 2048:
                 self.problem(f"GPU {index}: {int(used)} MiB of its memory are taken by others: end them (nvidia-smi shows whom)")
-        count = torch.cuda.device_count()
-        if len(names) > count and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            self.problem(f"{len(names)} GPUs are there and torch {torch.__version__} finds {count}: install a torch built for "
+        if len(names) > self.gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            self.problem(f"{len(names)} GPUs are there and torch {torch.__version__} finds {self.gpus}: install a torch built for "
                          "CUDA, or a driver that is new enough for it")
-        apart = [(a, b) for a in range(count) for b in range(a) if not torch.cuda.can_device_access_peer(a, b)]
-        if apart:
-            names.append(f"without peer access: {len(apart)} pairs")
         return names
 
     def look_at_shared_memory(self) -> int:
         """Bytes free in /dev/shm."""
-        import torch
         room = os.statvfs("/dev/shm")
-        free, needed = room.f_bavail * room.f_frsize, SHM_BYTES_GPUS if torch.cuda.device_count() else SHM_BYTES
+        free, needed = room.f_bavail * room.f_frsize, SHM_BYTES_GPUS if self.gpus else SHM_BYTES
         if free < needed:
             self.problem(f"/dev/shm: {free / MiB:.0f} MiB are free, and {needed / MiB:.0f} wanted (streaming: 8 bytes a sample; "
                          "NCCL): mount -o remount,size=8g /dev/shm, or docker run --shm-size 8g, or remove what dead runs left")
@@ -261,7 +254,7 @@ class Check:
             except OSError:
                 own = None
             found["gloo"] = own if own in there.values() else "127.0.0.1"
-        if has_gpus():
+        if self.gpus:
             wanted = os.environ.get("NCCL_SOCKET_IFNAME", "")
             names = chosen(wanted, list(there)) if wanted else (
                 chosen("ib", list(there)) or chosen("^docker,lo", list(there)) or list(there))
@@ -334,17 +327,18 @@ class Check:
             raise UserError(f"{self.name}: no meeting at {where}: {one_line(error)}") from None
         self.store = PrefixStore("check cluster", store)
 
-    def exchange(self, what: str, mine: dict) -> list[dict]:
-        """What each node says. Raises UserError that names those that say nothing in time."""
-        with self.limit(f"exchanging {what}", 2 * self.args.timeout + 30):
+    def exchange(self, what: str, mine: dict, steps: int = 1) -> list[dict]:
+        """What each node says. Raises UserError that names those that say nothing in the time that `steps` may take."""
+        seconds = steps * self.args.timeout
+        with self.limit(f"exchanging {what}", seconds + 30):
             try:
                 self.store.set(f"{what} {self.node}", json.dumps(mine))
-                limit = time.monotonic() + self.args.timeout
+                limit = time.monotonic() + seconds
                 keys = {node: f"{what} {node}" for node in range(self.nodes)}
                 while missing := [node for node, key in keys.items() if not self.store.check([key])]:
                     if time.monotonic() > limit:
                         raise UserError(f"{self.name}: nothing was heard of node {', '.join(map(str, missing))} for "
-                                        f"{self.args.timeout:g} s: not started, not able to reach {self.address}, or hung")
+                                        f"{seconds:g} s: not started, not able to reach {self.address}, or hung")
                     time.sleep(0.05)
                 return [json.loads(self.store.get(key)) for key in keys.values()]
             except RuntimeError as error:
@@ -361,7 +355,7 @@ class Check:
                         mark.touch()
                     self.store.set(f"mark {number}", mark.name)
                 name = self.store.get(f"mark {number}").decode()
-                limit = time.monotonic() + min(10, self.args.timeout)
+                limit = time.monotonic() + min(10, self.args.timeout / 2)
                 while not (seen := Path(folder, name).exists()) and time.monotonic() < limit:
                     with contextlib.suppress(OSError):
                         os.listdir(folder)  # NFS looks again
@@ -380,7 +374,7 @@ class Check:
             ways = {(other["addresses"][kind], other["ports"][other["addresses"][kind]]): kind for kind in other["addresses"]}
             for (address, port), kind in ways.items() if node != self.node else ():
                 try:
-                    answers[node] = min(answers.get(node, [float("inf")]), ask(address, port, min(5, self.args.timeout)))
+                    answers[node] = min(answers.get(node, [float("inf")]), ask(node, address, port, min(5, self.args.timeout)))
                 except OSError as error:
                     why = "timed out" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
                     self.problem(f"cannot reach {other['name']} at {address}, where its {kind} listens ({why}): a firewall or a "
@@ -410,7 +404,7 @@ class Check:
         import torch.distributed as dist
         rank, world = self.node * self.local_size + self.local, self.nodes * self.local_size
         device, limit = torch.device("cpu"), timedelta(seconds=self.args.timeout)
-        if torch.cuda.device_count():
+        if self.gpus:
             device = torch.device("cuda", self.local)
             torch.cuda.set_device(device)
 
@@ -422,7 +416,7 @@ class Check:
             if rank == first:
                 self.store.set(key, json.dumps(found))
 
-        with self.limit("connecting all ranks, and all-reduce over them", 2 * self.args.timeout):
+        with self.limit("connecting all ranks, and all-reduce over them", 3 * self.args.timeout + 30):
             try:
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=limit,
                                         store=dist.PrefixStore("group", self.store))
@@ -432,7 +426,7 @@ class Check:
             measured("all", 0, world)
         pairs = [pair for turn in turns(self.nodes) for pair in turn]
         for a, b in [pair for pair in pairs if self.node in pair] if self.nodes > 2 else []:
-            with self.limit(f"all-reduce with node {a if b == self.node else b}", 2 * self.args.timeout):
+            with self.limit(f"all-reduce with node {a if b == self.node else b}", 3 * self.args.timeout + 30):
                 members = [node * self.local_size + local for node in (a, b) for local in range(self.local_size)]
                 try:
                     group = dist.new_group(members, timeout=limit, use_local_synchronization=True)
@@ -441,7 +435,10 @@ class Check:
                     continue
                 measured(f"{a} {b}", members[0], len(members), group)
                 dist.destroy_process_group(group)
-        return self.results(["all", *(f"{a} {b}" for a, b in pairs if self.nodes > 2)]) if rank == 0 else {}
+        found = self.results(["all", *(f"{a} {b}" for a, b in pairs if self.nodes > 2)]) if rank == 0 else {}
+        if dist.is_initialized() and all(isinstance(speed, float) for speed in found.values()):  # else it might wait for ever
+            dist.destroy_process_group()
+        return found
 
     def results(self, keys: list[str]) -> dict:
         limit = time.monotonic() + 2 * self.args.timeout
@@ -488,11 +485,6 @@ def first_node(nodes: str) -> str:
     return found[1] if found else first or "127.0.0.1"
 
 
-def has_gpus() -> bool:
-    import torch
-    return torch.cuda.device_count() > 0
-
-
 def versions() -> dict[str, str]:
     """Of everything that must be the same on all nodes."""
     from importlib.metadata import version
@@ -526,9 +518,9 @@ def chosen(pattern: str, names: list[str]) -> list[str]:
     return [name for name in names if (name in fits) != without]
 
 
-def answer(addresses) -> tuple[list, dict[str, int]]:
-    """Listens on each address and tells the time to whoever asks. Returns (sockets, {address: port})."""
-    sockets = {address: socket.create_server((address, 0)) for address in set(addresses)}
+def answer(node: int, addresses: set[str]) -> dict[str, int]:
+    """From here on whoever asks at these addresses is told who this is, and its time. Returns {address: port}."""
+    sockets = {address: socket.create_server((address, 0)) for address in addresses}
 
     def serve(listening):
         while True:
@@ -536,22 +528,24 @@ def answer(addresses) -> tuple[list, dict[str, int]]:
                 other, _ = listening.accept()
                 other.settimeout(5)
                 while other.recv(1):
-                    other.sendall(struct.pack("<d", time.time()))
+                    other.sendall(struct.pack("<id", node, time.time()))
 
     for listening in sockets.values():
         threading.Thread(target=serve, args=(listening,), daemon=True).start()
-    return list(sockets.values()), {address: s.getsockname()[1] for address, s in sockets.items()}
+    return {address: s.getsockname()[1] for address, s in sockets.items()}
 
 
-def ask(address: str, port: int, seconds: float) -> list[float]:
-    """[seconds there and back, the other's clock minus ours], of the quickest of five. Raises OSError."""
+def ask(node: int, address: str, port: int, seconds: float) -> list[float]:
+    """[seconds there and back, the other's clock minus ours], of the quickest of five. Raises OSError if it is not there."""
     found = []
     with socket.create_connection((address, port), timeout=seconds) as s:
         for _ in range(5):
             began, mono = time.time(), time.monotonic()
             s.sendall(b"?")
-            theirs, = struct.unpack("<d", s.recv(8, socket.MSG_WAITALL))
+            said_by, theirs = struct.unpack("<id", s.recv(12, socket.MSG_WAITALL).ljust(12, b"\xff"))
             round_trip = time.monotonic() - mono
+            if said_by != node:
+                raise OSError(0, "another one answers there")
             found.append([round_trip, theirs - began - round_trip / 2])
     return min(found)
 
