@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 import xxhash
 from test_launch import ENV, ROOT
-from test_train import SMALL, STEPS, small_run  # noqa: F401
+from test_train import SMALL, small_run  # noqa: F401
 
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # where Debian has the daemons
 NEEDED = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name)]
-pytestmark = pytest.mark.skipif(bool(NEEDED), reason=f"needs SLURM's daemons (Debian: slurm-wlm, munge): there is no {', '.join(NEEDED)}")
 NODES = ["n1", "n2", "n3", "n4"]
+LONG = 40  # steps: enough for four starts to be ended within
 
 
 def free_ports(count: int) -> list[int]:
@@ -165,6 +165,8 @@ if "RANK" in os.environ:  # not in torchrun itself
 
 @pytest.fixture(scope="module")
 def cluster():
+    if NEEDED:
+        pytest.skip(f"needs SLURM's daemons (Debian: slurm-wlm, munge): there is no {', '.join(NEEDED)}")
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # a short path: that of a socket has 107 bytes
         one = Cluster(Path(folder))
         try:
@@ -181,17 +183,18 @@ def test_preempted_requeued_a_node_lost_cancelled(cluster, small_run, text_datas
     cluster.env |= {"PYTHONPATH": f"{tmp_path}:{ROOT}", "SEEN": str(tmp_path / "seen")}
     slowly = ["--train.micro_batch_size=1", "--eval.interval=1", "--eval.sequences=64"]  # enough time to be hit
 
-    def submit(run, *words, steps=STEPS):
-        return cluster("sbatch", "--parsable", f"--output={cluster.folder}/%j.out", *words, "launch/slurm.sbatch",
-                       str(small_run.config), *SMALL, *slowly, "--checkpoint.interval=2", f"--run.dir={folder / run}",
-                       f"--train.max_steps={steps}")
+    def submit(run, *words, steps=LONG):
+        out = f"--output={cluster.folder}/{'array-%a' if run == 'array' else '%j'}.out"
+        return cluster("sbatch", "--parsable", out, *words, "launch/slurm.sbatch", str(small_run.config), *SMALL, *slowly,
+                       "--checkpoint.interval=2", f"--run.dir={folder / run}", f"--train.max_steps={steps}")
 
     def steps(run="job"):
         path = folder / run / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
     def said(job):
-        return (cluster.folder / f"{job}.out").read_text()
+        number = job.partition("_")[2]
+        return (cluster.folder / (f"array-{number}.out" if number else f"{job}.out")).read_text()
 
     def trains(run="job"):
         before = steps(run)
@@ -199,12 +202,21 @@ def test_preempted_requeued_a_node_lost_cancelled(cluster, small_run, text_datas
 
     job = submit("job", "--nodes=2")
     cluster.until(lambda: cluster.state(job) == "RUNNING", 30)
-    array = submit("array", "--nodes=1", "--array=0-1", "--time=1", steps=10**6)
+    array = submit("array", "--nodes=1", "--array=0-1", steps=10**6)
     trains()
     cluster("scancel", "--signal=USR1", job)  # preempted, with a warning
     cluster.until(lambda: cluster.state(job) == "PENDING", 60)
-    assert f"stopped by SIGUSR1 after step {steps()} of {STEPS}, and saved" in said(job)
+    assert f"stopped by SIGUSR1 after step {steps()} of {LONG}, and saved" in said(job)
     assert said(job).count("\nsaved: requeued\n") == 1
+
+    # Meanwhile, of two jobs in one folder: one is refused, the other comes to its time limit.
+    tasks = [f"{array}_{number}" for number in range(2)]
+    cluster.until(lambda: sorted(map(cluster.state, tasks)) == ["FAILED", "RUNNING"] and steps("array"), 240)
+    limited, refused = sorted(tasks, key=cluster.state, reverse=True)
+    assert "array: another run trains there (process " in said(refused) and "requeued" not in said(refused)
+    minutes = int(cluster("squeue", "-h", "-j", limited, "-o", "%M").split(":")[-2])
+    cluster("scontrol", "update", f"job={limited}", f"TimeLimit={minutes + 2}")  # SLURM looks every half minute
+
     cluster.again(job)
     trains()
     cluster("scontrol", "requeue", job)       # without one, but for SIGTERM
@@ -214,13 +226,9 @@ def test_preempted_requeued_a_node_lost_cancelled(cluster, small_run, text_datas
     cluster.until(lambda: cluster.state(job) != "RUNNING", 120)
     at = steps()
 
-    # Meanwhile, of two jobs in one folder: one was refused, the other has come to its time limit.
-    tasks = [f"{array}_{number}" for number in range(2)]
-    cluster.until(lambda: sorted(map(cluster.state, tasks)) == ["FAILED", "PENDING"], 120)
-    limited, refused = sorted((path.read_text() for path in cluster.folder.glob("*.out") if path.name[0].isdigit()
-                               and path.name != f"{job}.out"), key=len, reverse=True)
-    assert "array: another run trains there (process " in refused and "requeued" not in refused
-    assert f"stopped by SIGUSR1 after step {steps('array')} of 1000000, and saved" in limited and "\nsaved: requeued\n" in limited
+    cluster.until(lambda: cluster.state(limited) == "PENDING", 120)
+    assert f"stopped by SIGUSR1 after step {steps('array')} of 1000000, and saved" in said(limited)
+    assert "\nsaved: requeued\n" in said(limited)
     cluster("scancel", array)
 
     cluster.again(job)                        # on other nodes
@@ -228,14 +236,14 @@ def test_preempted_requeued_a_node_lost_cancelled(cluster, small_run, text_datas
     cluster("scancel", job)
     cluster.until(lambda: said(job).count("\nsaved: not requeued by this script: the job is ") == 2, 60)
     assert said(job).count("\njob ") == said(job).count("\nrun   ") == 4 and said(job).count("\nresuming ") == 3
-    assert at <= steps() < STEPS and cluster.state(job) == "CANCELLED"
+    assert at <= steps() < LONG and cluster.state(job) == "CANCELLED"
     last = submit("job", "--nodes=1")         # by the same command, on one node
     cluster.until(lambda: cluster.state(last) not in ("PENDING", "RUNNING", "COMPLETING"), 120)
     assert cluster.state(last) == "COMPLETED" and "on 2 -> 1 ranks" in said(last), said(last)
 
     lines = [json.loads(line) for line in (folder / "job" / "metrics.jsonl").read_text().splitlines()]
-    undisturbed = small_run("undisturbed", 2, *slowly, local_world_size=1)
-    assert [m["step"] for m in lines] == [m["step"] for m in undisturbed] == list(range(1, STEPS + 1))
+    undisturbed = small_run("undisturbed", 2, *slowly, local_world_size=1, steps=LONG)
+    assert [m["step"] for m in lines] == [m["step"] for m in undisturbed] == list(range(1, LONG + 1))
     for key in ("loss", "val_loss"):
         assert [m[key] for m in lines] == pytest.approx([m[key] for m in undisturbed], rel=1e-6)
     differ = [m["step"] for m, n in zip(lines, undisturbed) if m["loss"] != n["loss"]]
@@ -247,7 +255,7 @@ def test_preempted_requeued_a_node_lost_cancelled(cluster, small_run, text_datas
         if start.split(".")[0] in (job, last):
             seen[start][int(step)][row] += 1
     assert len(seen) == 5
-    assert set().union(*seen.values()) == set(range(STEPS))
+    assert set().union(*seen.values()) == set(range(LONG))
     expected = rows_of_each_step(small_run, text_dataset)
     for start, of_step in seen.items():
         for step, rows in of_step.items():  # of the last before a node is lost, perhaps not all
@@ -259,10 +267,10 @@ def rows_of_each_step(small_run, text_dataset) -> list[Counter]:  # noqa: F811
     from nanogpt.config import load_config
     from nanogpt.shards import import_streaming
     from nanogpt.stream import TrainStream
-    stream = TrainStream(load_config([str(small_run.config), *SMALL, f"--train.max_steps={STEPS}", "--train.micro_batch_size=1"]))
+    stream = TrainStream(load_config([str(small_run.config), *SMALL, f"--train.max_steps={LONG}", "--train.micro_batch_size=1"]))
     samples = import_streaming().LocalDataset(local=str(text_dataset / "train"))
     return [Counter(xxhash.xxh64(samples[sample]["tokens"][part * 32:part * 32 + 33].astype("<i8").tobytes()).hexdigest()
-                    for sample, part in stream.sequences(step).tolist()) for step in range(STEPS)]
+                    for sample, part in stream.sequences(step).tolist()) for step in range(LONG)]
 
 
 def test_help_and_wrong_use(tmp_path):
