@@ -98,7 +98,8 @@ class Check:
             if tasks != nodes:
                 raise UserError(f"{tasks} tasks on {nodes} nodes: one a node is needed: srun --ntasks-per-node 1")
             port = 10000 + int(env["SLURM_JOB_ID"]) % 10000
-            return int(env["SLURM_NODEID"]), nodes, 0, size, first_node(env["SLURM_STEP_NODELIST"]), port, env["SLURM_NODEID"] == "0"
+            node = int(env["SLURM_NODEID"])
+            return node, nodes, 0, size, first_node(env["SLURM_STEP_NODELIST"]), port, node == 0
         if int(env.get("SLURM_NNODES", 1)) > 1:
             raise UserError(f"a job of {env['SLURM_NNODES']} nodes, and this runs on one: srun --ntasks-per-node 1 "
                             "launch/check_cluster.sh")
@@ -106,35 +107,32 @@ class Check:
             return 0, 1, 0, size, "127.0.0.1", free.getsockname()[1], True
 
     def run(self):
+        """All of it. The first of node 0 prints. Raises UserError, exits with 1 on the other nodes."""
         if self.local:
-            with self.limit("waiting for its first process", 20 * self.args.timeout):
-                self.meet()
-                self.store.set_timeout(timedelta(seconds=20 * self.args.timeout))
-                if self.store.get("go") == b"yes":
-                    self.bandwidths()
-            return
+            return self.follow()
         if "RANK" not in os.environ and self.local_size > 1:
             self.start_siblings()
         # ---- alone --------------------------------------------------------------------------------------------------
         mine = dict(name=self.name, ranks=self.local_size)
         with self.limit("looking at versions, GPUs and limits"):
             mine |= dict(versions=versions(), settings={n: os.environ[n] for n in SETTINGS if n in os.environ},
-                         gpus=self.look_at_gpus(), shm=self.look_at_shared_memory(), limits=self.look_at_limits())
-            mine["addresses"] = self.look_at_interfaces()
+                         gpus=self.look_at_gpus(), apart=self.gpus_apart(), shm=self.look_at_shared_memory(),
+                         limits=self.look_at_limits(), addresses=self.look_at_interfaces())
         mine["disk"] = [self.look_at_disk(folder) for folder in (*self.args.folder, *self.args.local_folder)]
         # ---- together -----------------------------------------------------------------------------------------------
         try:
             self.meet()
             mine["ports"] = answer(self.node, set(mine["addresses"].values()))
-            all_of_them = self.exchange("facts", mine, steps=1 + len(mine["disk"]))  # which they may still be at
+            everyone = self.exchange("facts", mine, steps=1 + len(mine["disk"]))  # which they may still be at
             self.look_at_shared_folders()
-            reached = self.reach(all_of_them)
+            reached = self.reach(everyone)
             told = self.exchange("told", dict(problems=self.problems, reached=reached))
         except UserError as error:
             raise UserError("\n".join([*self.problems, str(error)])) from None
         problems = [line for one in told for line in one["problems"]]
-        problems += differences(all_of_them) + self.clocks(all_of_them, told)
-        meets = all(len(one["reached"]) == self.nodes - 1 for one in told) and len({one["ranks"] for one in all_of_them}) == 1
+        problems += differences(everyone) + self.clocks(everyone, told)
+        meets = all(len(one["reached"]) == self.nodes - 1 for one in told)
+        meets = meets and len({one["ranks"] for one in everyone}) == 1
         if self.node == 0:
             self.store.set("go", "yes" if meets else "no")
         results = {}
@@ -147,8 +145,8 @@ class Check:
         if not meets:
             problems.append("all-reduce was not tried, since not all nodes reach each other with the same count of ranks: "
                             "mend that first")
-        problems += self.slow(results, all_of_them)
-        for line in table(all_of_them, told, results, self.local_size):
+        problems += self.slow(results, everyone)
+        for line in table(everyone, told, results, self.local_size):
             print(line, flush=True)
         self.store.set("verdict", "well" if not problems else "ill")
         deadline = time.monotonic() + 10  # the store ends with this process
@@ -157,6 +155,17 @@ class Check:
         if problems:
             raise UserError("\n".join(problems))
         print("all is well", flush=True)
+
+    def follow(self):
+        """What the other processes of a node do: they wait, and take part in all-reduce."""
+        with self.limit("waiting for its first process", 20 * self.args.timeout):
+            try:
+                self.meet()
+                self.store.set_timeout(timedelta(seconds=20 * self.args.timeout))
+                if self.store.get("go") == b"yes":
+                    self.bandwidths()
+            except (UserError, RuntimeError):  # which the first process tells
+                sys.exit(1)
 
     def verdict(self) -> str:
         """What node 0 makes of it all; it prints."""
@@ -212,19 +221,25 @@ class Check:
             if slowdown == "Active":
                 self.problem(f"GPU {index}: slowed down by its hardware (heat or power): look at its cooling")
             if used.isdigit() and int(used) > 2048:
-                self.problem(f"GPU {index}: {int(used)} MiB of its memory are taken by others: end them (nvidia-smi shows whom)")
+                self.problem(f"GPU {index}: {used} MiB of its memory are taken by others: end them (nvidia-smi shows whom)")
         if len(names) > self.gpus and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            self.problem(f"{len(names)} GPUs are there and torch {torch.__version__} finds {self.gpus}: install a torch built for "
-                         "CUDA, or a driver that is new enough for it")
+            self.problem(f"{len(names)} GPUs are there and torch {torch.__version__} finds {self.gpus}: install a torch "
+                         "built for CUDA, or a driver that is new enough for it")
         return names
+
+    def gpus_apart(self) -> int:
+        """Pairs of GPUs of this node that cannot read each other's memory: NCCL then goes through the host."""
+        import torch
+        return sum(not torch.cuda.can_device_access_peer(a, b) for a in range(self.gpus) for b in range(a))
 
     def look_at_shared_memory(self) -> int:
         """Bytes free in /dev/shm."""
         room = os.statvfs("/dev/shm")
         free, needed = room.f_bavail * room.f_frsize, SHM_BYTES_GPUS if self.gpus else SHM_BYTES
         if free < needed:
-            self.problem(f"/dev/shm: {free / MiB:.0f} MiB are free, and {needed / MiB:.0f} wanted (streaming: 8 bytes a sample; "
-                         "NCCL): mount -o remount,size=8g /dev/shm, or docker run --shm-size 8g, or remove what dead runs left")
+            self.problem(f"/dev/shm: {free / MiB:.0f} MiB are free, and {needed / MiB:.0f} wanted (streaming: 8 bytes a "
+                         "sample; NCCL): mount -o remount,size=8g /dev/shm, docker run --shm-size 8g, or remove what dead "
+                         "runs left there")
         return free
 
     def look_at_limits(self) -> list:
@@ -232,10 +247,10 @@ class Check:
         files, locked = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK))
         needed = 512 + 8 * self.nodes * self.local_size  # a connection to each rank, in each of a few groups
         if files != -1 and files < needed:
-            self.problem(f"ulimit -n is {files}, and {needed} is wanted for so many ranks: ulimit -n 65536, or LimitNOFILE of "
-                         "the service that starts them (slurmd)")
+            self.problem(f"ulimit -n is {files}, and {needed} is wanted for so many ranks: ulimit -n 65536, or LimitNOFILE "
+                         "of the service that starts them (slurmd)")
         if list(Path("/sys/class/infiniband").glob("*")) and locked != -1 and locked < GiB:
-            self.problem(f"ulimit -l is {locked >> 10} KiB, and InfiniBand locks its buffers in memory: ulimit -l unlimited, or "
+            self.problem(f"ulimit -l is {locked >> 10} KiB, and InfiniBand locks its buffers: ulimit -l unlimited, "
                          "LimitMEMLOCK=infinity of slurmd, or docker run --ulimit memlock=-1")
         return [files, locked]
 
@@ -263,13 +278,14 @@ class Check:
             else:
                 found["nccl"] = there[names[0]]
         adapters = {path.name for path in Path("/sys/class/infiniband").glob("*")}
+        ports = [path.read_text() for path in Path("/sys/class/infiniband").glob("*/ports/*/state")]
         wanted = re.split("[,:]", os.environ.get("NCCL_IB_HCA", "").lstrip("^="))[0]
         if wanted and not any(adapter.startswith(wanted) for adapter in adapters):
             self.problem(f"NCCL_IB_HCA={os.environ['NCCL_IB_HCA']}: no such adapter here; there "
                          + (f"are {', '.join(sorted(adapters))}" if adapters else "is none at all"))
         if adapters and os.environ.get("NCCL_IB_DISABLE") == "1":
-            self.problem(f"NCCL_IB_DISABLE=1, and there are {', '.join(sorted(adapters))}: unset it, or all goes over sockets")
-        if adapters and not any("ACTIVE" in path.read_text() for path in Path("/sys/class/infiniband").glob("*/ports/*/state")):
+            self.problem(f"NCCL_IB_DISABLE=1, and {', '.join(sorted(adapters))} are there: unset it, or all takes sockets")
+        if adapters and not any("ACTIVE" in port for port in ports):
             self.problem(f"no port of {', '.join(sorted(adapters))} is active (ibstat): a cable, or the subnet manager")
         if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
             self.problem("TORCH_NCCL_ASYNC_ERROR_HANDLING=0: a rank that fails would leave the others hanging: unset it")
@@ -297,8 +313,8 @@ class Check:
                 return dict(folder=folder, write=None, read=None)
         write, read = (64 * MiB / max(1e-6, b - a) for a, b in zip(times, times[1:]))
         if write < DISK_BYTES_PER_S or read < DISK_BYTES_PER_S:
-            self.problem(f"{folder}: writes {write / 1e6:.0f} and reads {read / 1e6:.0f} MB/s, and {DISK_BYTES_PER_S / 1e6:.0f} is "
-                         "little for checkpoints: choose another run.dir or data.cache_dir")
+            self.problem(f"{folder}: writes {write / 1e6:.0f} and reads {read / 1e6:.0f} MB/s; below "
+                         f"{DISK_BYTES_PER_S / 1e6:.0f} checkpoints take long: choose another run.dir or data.cache_dir")
         return dict(folder=folder, write=write, read=read)
 
     # ---- all nodes together -----------------------------------------------------------------------------------------
@@ -316,8 +332,8 @@ class Check:
                 except OSError as error:
                     if time.monotonic() - began > limit:
                         why = "timed out" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
-                        raise UserError(f"{self.name}: cannot reach the first node at {where} ({why}): the link or a firewall "
-                                        "between them, its name leads elsewhere, or nothing was started there") from None
+                        raise UserError(f"{self.name}: cannot reach the first node at {where} ({why}): the link or a "
+                                        "firewall, its name leads elsewhere, or nothing was started there") from None
                     time.sleep(0.2)
         try:
             with self.limit(f"meeting at {where}", limit + 30):
@@ -361,45 +377,46 @@ class Check:
                         os.listdir(folder)  # NFS looks again
                     time.sleep(0.1)
                 if not seen:
-                    self.problem(f"{folder} ({os.path.abspath(folder)}) is not the folder that node 0 sees: runs need a file "
-                                 "system that all nodes share; if this is a cache, give it as --local-folder")
+                    self.problem(f"{folder} ({os.path.abspath(folder)}) is not the folder that node 0 sees: runs need a "
+                                 "file system that all nodes share; if this is a cache, give it as --local-folder")
                 self.exchange(f"seen {number}", {})
                 if self.node == 0:
                     mark.unlink(missing_ok=True)
 
-    def reach(self, all_of_them: list[dict]) -> dict[int, list[float]]:
+    def reach(self, everyone: list[dict]) -> dict[int, list[float]]:
         """{node: [seconds there and back, its clock minus ours]} of those that answer. The others are problems."""
-        answers = {}
-        for node, other in enumerate(all_of_them):
-            ways = {(other["addresses"][kind], other["ports"][other["addresses"][kind]]): kind for kind in other["addresses"]}
-            for (address, port), kind in ways.items() if node != self.node else ():
+        answers, seconds = {}, min(5, self.args.timeout)
+        for node, other in enumerate(everyone):
+            for kind, address in other["addresses"].items() if node != self.node else ():
                 try:
-                    answers[node] = min(answers.get(node, [float("inf")]), ask(node, address, port, min(5, self.args.timeout)))
+                    found = ask(node, address, other["ports"][address], seconds)
+                    answers[node] = min(found, answers.get(node, found))
                 except OSError as error:
                     why = "timed out" if isinstance(error, TimeoutError) else (error.strerror or str(error)).lower()
-                    self.problem(f"cannot reach {other['name']} at {address}, where its {kind} listens ({why}): a firewall or a "
-                                 f"cut link, or it listens on the wrong interface: set {kind.upper()}_SOCKET_IFNAME to one that "
+                    self.problem(f"cannot reach {other['name']} at {address}, where its {kind} listens ({why}): a firewall, "
+                                 f"a cut link, or the wrong interface: set {kind.upper()}_SOCKET_IFNAME there to one that "
                                  "leads to the other nodes")
                     answers.pop(node, None)
                     break
         return answers
 
-    def clocks(self, all_of_them: list[dict], told: list[dict]) -> list[str]:
+    def clocks(self, everyone: list[dict], told: list[dict]) -> list[str]:
         """Problems of clocks, as node 0 sees them."""
-        return [f"{all_of_them[int(node)]['name']}: its clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} that of "
-                f"{all_of_them[0]['name']}: start chrony or ntpd on both"
+        return [f"{everyone[int(node)]['name']}: its clock is {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} that "
+                f"of {everyone[0]['name']}: start chrony or ntpd on both"
                 for node, (round_trip, skew) in told[0]["reached"].items() if abs(skew) - round_trip > CLOCK_S]
 
     def start_siblings(self):
         """The other processes of this node, one a GPU."""
         for local in range(1, self.local_size):
-            env = os.environ | dict(RANK=str(self.node * self.local_size + local), LOCAL_RANK=str(local), MASTER_ADDR=self.address,
-                                    WORLD_SIZE=str(self.nodes * self.local_size), LOCAL_WORLD_SIZE=str(self.local_size),
-                                    MASTER_PORT=str(self.port), TORCHELASTIC_USE_AGENT_STORE="False")
-            subprocess.Popen([sys.executable, *sys.argv], env=env, stdin=subprocess.DEVNULL)  # its waits have limits too
+            rank, world = self.node * self.local_size + local, self.nodes * self.local_size
+            env = os.environ | dict(
+                RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(self.local_size),
+                MASTER_ADDR=self.address, MASTER_PORT=str(self.port), TORCHELASTIC_RUN_ID="check")  # they end with this one
+            subprocess.Popen([sys.executable, *sys.argv], env=env, stdin=subprocess.DEVNULL)
 
     def bandwidths(self) -> dict:
-        """All-reduce over all ranks, and over those of each two nodes. Node 0 gets {"all" or (a, b): bytes/s, or an error}."""
+        """All-reduce over all ranks, and those of each two nodes. Rank 0 gets {"all" or "a b": bytes/s, or an error}."""
         import torch
         import torch.distributed as dist
         rank, world = self.node * self.local_size + self.local, self.nodes * self.local_size
@@ -418,7 +435,7 @@ class Check:
 
         with self.limit("connecting all ranks, and all-reduce over them", 3 * self.args.timeout + 30):
             try:
-                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world, timeout=limit,
+                dist.init_process_group("nccl" if self.gpus else "gloo", rank=rank, world_size=world, timeout=limit,
                                         store=dist.PrefixStore("group", self.store))
             except RuntimeError as error:
                 self.store.set("all", json.dumps(one_line(error)))
@@ -436,7 +453,7 @@ class Check:
                 measured(f"{a} {b}", members[0], len(members), group)
                 dist.destroy_process_group(group)
         found = self.results(["all", *(f"{a} {b}" for a, b in pairs if self.nodes > 2)]) if rank == 0 else {}
-        if dist.is_initialized() and all(isinstance(speed, float) for speed in found.values()):  # else it might wait for ever
+        if all(isinstance(speed, float) for speed in found.values()):  # else that might wait for ever
             dist.destroy_process_group()
         return found
 
@@ -450,14 +467,14 @@ class Check:
             found["0 1"] = found["all"]  # the same ranks
         return found
 
-    def slow(self, results: dict, all_of_them: list[dict]) -> list[str]:
+    def slow(self, results: dict, everyone: list[dict]) -> list[str]:
         """Problems of all-reduce."""
         speeds = [value for key, value in results.items() if key != "all" and not isinstance(value, str)]
         usual, problems = statistics.median(speeds) if speeds else 0.0, []
         for key, value in results.items():
             if key == "all" and (self.nodes == 2 or not isinstance(value, str)):
                 continue
-            who = "all ranks" if key == "all" else " and ".join(all_of_them[int(node)]["name"] for node in key.split())
+            who = "all ranks" if key == "all" else " and ".join(everyone[int(node)]["name"] for node in key.split())
             if isinstance(value, str):
                 problems.append(f"all-reduce between {who} failed ({value}): NCCL_DEBUG=INFO tells more")
             elif value < self.args.min_bandwidth * 1e9 or value < usual / 2:
@@ -585,55 +602,60 @@ def bus_bandwidth(ranks: int, device, group=None) -> float:
     return size / best * 2 * (ranks - 1) / ranks
 
 
-def differences(all_of_them: list[dict]) -> list[str]:
+def differences(everyone: list[dict]) -> list[str]:
     """Problems: what is not the same on all nodes."""
     problems = []
     for what, remedy in (("versions", "install the same on all, or share one environment"),
                          ("settings", "set it the same on all: in the batch script, or in /etc/nccl.conf")):
-        for key in sorted({key for one in all_of_them for key in one[what]}):
+        for key in sorted({key for one in everyone for key in one[what]}):
             if "IFNAME" in key:  # interfaces may well have other names
                 continue
-            problems += unequal(key, [one[what].get(key, "not set") for one in all_of_them], all_of_them, remedy)
-    problems += unequal("GPUs", [len(one["gpus"]) and f"{len(one['gpus'])} x {one['gpus'][0]}" or "none" for one in all_of_them],
-                        all_of_them, "take nodes of one kind, or mend the one with fewer")
-    problems += unequal("ranks", [str(one["ranks"]) for one in all_of_them], all_of_them, "give all the same --ranks")
+            problems += unequal(key, [one[what].get(key, "not set") for one in everyone], everyone, remedy)
+    problems += unequal("GPUs", [f"{len(one['gpus'])} x {one['gpus'][0]}" if one["gpus"] else "none" for one in everyone],
+                        everyone, "take nodes of one kind, or mend the one with fewer")
+    problems += unequal("ranks", [str(one["ranks"]) for one in everyone], everyone, "give all the same --ranks")
     return problems
 
 
-def unequal(what: str, values: list[str], all_of_them: list[dict], remedy: str) -> list[str]:
+def unequal(what: str, values: list[str], everyone: list[dict], remedy: str) -> list[str]:
     """[] or one line that says who has what: first what most have."""
     by_value = defaultdict(list)
-    for value, one in zip(values, all_of_them):
+    for value, one in zip(values, everyone):
         by_value[value].append(one["name"])
     if len(by_value) < 2:
         return []
     groups = sorted(by_value.items(), key=lambda item: -len(item[1]))
-    return [f"{what}: " + ", ".join(f"{value} on {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                                    for value, names in groups) + f": {remedy}"]
+    said_of = [f"{value} on {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+               for value, names in groups]
+    return [f"{what}: {', '.join(said_of)}: {remedy}"]
 
 
-def table(all_of_them: list[dict], told: list[dict], results: dict, ranks: int):
+def table(everyone: list[dict], told: list[dict], results: dict, ranks: int):
     """Lines for node 0 to print."""
-    first, answers = all_of_them[0], [values for one in told for values in one["reached"].values()]
-    yield f"nodes        {len(all_of_them)} x {ranks} rank{'s' * (ranks > 1)}: {', '.join(one['name'] for one in all_of_them[:4])}" + (
-        ", …" if len(all_of_them) > 4 else "")
-    yield f"GPUs         {', '.join(first['gpus']) or 'none: CPU, gloo'}"
+    first, answers = everyone[0], [values for one in told for values in one["reached"].values()]
+    names = ", ".join(one["name"] for one in everyone[:4]) + (", …" if len(everyone) > 4 else "")
+    yield f"nodes        {len(everyone)} x {ranks} rank{'s' * (ranks > 1)}: {names}"
+    apart = max(one["apart"] for one in everyone)
+    yield f"GPUs         {', '.join(first['gpus']) or 'none: CPU, gloo'}" + (
+        f"; {apart} pairs without peer access" if apart else "")
     yield "versions     " + ", ".join(f"{key} {value}" for key, value in first["versions"].items())
     for name, value in first["settings"].items():
         yield f"setting      {name}={value}: {SETTINGS[name]}"
-    least = min(all_of_them, key=lambda one: one["shm"])
+    least = min(everyone, key=lambda one: one["shm"])
     yield f"/dev/shm     {least['shm'] / GiB:.1f} GiB free at the least, on {least['name']}"
-    yield "ulimits      " + ", ".join(f"{name} {'unlimited' if value == -1 else value}" for name, value in zip(
-        ("nofile", "memlock"), first["limits"]))
+    limits = zip(("nofile", "memlock"), first["limits"])
+    yield "ulimits      " + ", ".join(f"{name} {'unlimited' if value == -1 else value}" for name, value in limits)
     for number, disk in enumerate(first["disk"]):
-        known = [one["disk"][number] for one in all_of_them if one["disk"][number]["write"]]
-        if known:
-            yield (f"disk         {disk['folder']}: writes {min(d['write'] for d in known) / 1e6:,.0f}, reads "
-                   f"{min(d['read'] for d in known) / 1e6:,.0f} MB/s on the slowest node, all at once")
+        if known := [one["disk"][number] for one in everyone if one["disk"][number]["write"]]:
+            write, read = (min(one[way] for one in known) / 1e6 for way in ("write", "read"))
+            yield f"disk         {disk['folder']}: writes {write:,.0f}, reads {read:,.0f} MB/s at the least, all at once"
     if answers:
-        yield (f"network      {', '.join(f'{kind} {address}' for kind, address in first['addresses'].items())} on the first; there "
-               f"and back in {max(a[0] for a in answers) * 1e3:.2f} ms at the most, clocks within {max(abs(a[1]) for a in answers) * 1e3:.1f} ms")
+        way = ", ".join(f"{kind} {address}" for kind, address in first["addresses"].items())
+        there_and_back, skew = (max(abs(answer[i]) for answer in answers) * 1e3 for i in range(2))
+        yield (f"network      {way} on the first node; there and back in {there_and_back:.2f} ms at the most, clocks within "
+               f"{skew:.1f} ms")
     speeds = {key: value for key, value in results.items() if not isinstance(value, str)}
     if "all" in speeds:
+        slowest = min((value for key, value in speeds.items() if key != "all"), default=None)
         yield f"all-reduce   {speeds['all'] / 1e9:.3g} GB/s over all ranks" + (
-            f", {min(v for k, v in speeds.items() if k != 'all') / 1e9:.3g} GB/s between the slowest two nodes" if len(speeds) > 1 else "")
+            f", {slowest / 1e9:.3g} GB/s between the slowest two nodes" if slowest else "")

@@ -65,7 +65,8 @@ def other_versions():
 
 def clock():
     import time
-    return mock.patch.object(cluster, "time", SimpleNamespace(time=lambda: time.time() + 100, monotonic=time.monotonic, sleep=time.sleep))
+    ahead = SimpleNamespace(time=lambda: time.time() + 100, monotonic=time.monotonic, sleep=time.sleep)
+    return mock.patch.object(cluster, "time", ahead)
 
 
 def little_memory():
@@ -101,7 +102,8 @@ def wrong(found, node=0) -> list[str]:
     """The lines of stderr, without the name of this host."""
     assert all(status == 1 for status, _, _ in found), found
     assert all(line.startswith("error: ") for line in found[node][2].splitlines()), found
-    return [line.removeprefix("error: ").replace(cluster.socket.gethostname(), "HOST") for line in found[node][2].splitlines()]
+    lines = found[node][2].replace(cluster.socket.gethostname(), "HOST").splitlines()
+    return [line.removeprefix("error: ") for line in lines]
 
 
 def test_what_is_wrong_with_one_of_two_nodes_is_named(ranks, tmp_path):
@@ -127,7 +129,8 @@ def test_a_folder_that_is_not_shared_an_interface_that_is_not_there_other_ranks(
     lines = wrong(ranks(2, check, [f"--folder={relative}/x", *QUICK, "--timeout=8"], [(1, elsewhere), (1, no_interface)],
                         local_world_size=1))
     assert len(lines) == 3, lines
-    assert lines[0].startswith("node 1 (HOST): GLOO_SOCKET_IFNAME=nosuch0: no such interface here, or it has no address; there are lo 127.0.0.1")
+    assert lines[0].startswith("node 1 (HOST): GLOO_SOCKET_IFNAME=nosuch0: no such interface here, or it has no address; "
+                               "there are lo 127.0.0.1")
     assert lines[1].startswith(f"node 1 (HOST): {relative}/x (/") and "is not the folder that node 0 sees" in lines[1]
     assert lines[2].startswith("all-reduce was not tried")
 
@@ -142,7 +145,7 @@ esac
 
 
 @contextlib.contextmanager
-def ill_gpus(tmp_path=None):
+def ill_gpus():
     folder = Path(os.environ["ILL_GPUS"])
     with mock.patch.dict(os.environ, {"PATH": f"{folder}:{os.environ['PATH']}"}):
         yield
@@ -185,14 +188,15 @@ def test_each_two_nodes_once_and_each_node_once_a_turn(nodes):
 
 
 @pytest.mark.parametrize("pattern, found", [
-    ("eth", ["eth0", "eth1"]), ("=eth1,ib0", ["eth1", "ib0"]), ("^docker,lo", ["eth0", "eth1", "ib0"]), ("^=eth0", ["lo", "eth1", "ib0", "docker0"]),
-    ("en", [])])
+    ("eth", ["eth0", "eth1"]), ("=eth1,ib0", ["eth1", "ib0"]), ("^docker,lo", ["eth0", "eth1", "ib0"]), ("en", []),
+    ("^=eth0", ["lo", "eth1", "ib0", "docker0"])])
 def test_interfaces_as_nccl_chooses_them(pattern, found):
     assert cluster.chosen(pattern, ["lo", "eth0", "eth1", "ib0", "docker0"]) == found
 
 
 def test_help_and_wrong_use(tmp_path):
-    done = subprocess.run(["bash", str(ROOT / "launch" / "check_cluster.sh"), "--help"], cwd=tmp_path, env=ENV, text=True, capture_output=True)
+    done = subprocess.run(["bash", str(ROOT / "launch" / "check_cluster.sh"), "--help"], cwd=tmp_path, env=ENV, text=True,
+                          capture_output=True)
     assert done.returncode == 0 and "NCCL_SOCKET_IFNAME" in done.stdout and "srun --nodes" in done.stdout
     with mock.patch.dict(os.environ, {"SLURM_NNODES": "2"}):
         status, _, err = check([])
@@ -216,10 +220,11 @@ def hosts():
     try:
         if not shutil.which("ip") or not all(ip("netns", "add", name) for name in names):
             pytest.skip("needs network namespaces of its own: root, and ip of iproute2")
-        assert ip("link", "add", f"{names[0]}v", "netns", names[0], "type", "veth", "peer", "name", f"{names[1]}v", "netns", names[1])
+        assert ip("link", "add", f"{names[0]}v", "netns", names[0], "type", "veth", "peer", "name", f"{names[1]}v",
+                  "netns", names[1])
         for name, address in zip(names, ADDRESS):
-            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}v") and ip("-n", name, "link", "set", f"{name}v", "up")
-            assert ip("-n", name, "link", "set", "lo", "up")
+            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}v")
+            assert ip("-n", name, "link", "set", f"{name}v", "up") and ip("-n", name, "link", "set", "lo", "up")
         yield names
     finally:
         for name in names:
@@ -242,22 +247,28 @@ def at_the_first():
     return mock.patch.dict(os.environ, {"MASTER_ADDR": ADDRESS[0]})
 
 
+AT_THE_FIRST = [(rank, at_the_first) for rank in range(2)]
+
+
 def test_two_hosts_well_and_with_the_wrong_interface(ranks, hosts, tmp_path):
-    found = ranks(2, check_on, hosts, [f"--folder={tmp_path}", *QUICK], [(0, at_the_first), (1, at_the_first)], local_world_size=1)
+    found = ranks(2, check_on, hosts, [f"--folder={tmp_path}", *QUICK], AT_THE_FIRST, local_world_size=1)
     assert [status for status, _, _ in found] == [0, 0], found
     assert f"gloo {ADDRESS[0]} on the first" in found[0][1]
-    lines = wrong(ranks(2, check_on, hosts, [f"--folder={tmp_path}", *QUICK], [(0, at_the_first), (1, at_the_first)], True, local_world_size=1))
+    found = ranks(2, check_on, hosts, [f"--folder={tmp_path}", *QUICK], AT_THE_FIRST, True, local_world_size=1)
+    lines = wrong(found)
     assert len(lines) == 2 and lines[1].startswith("all-reduce was not tried"), lines
     assert lines[0].startswith("node 0 (HOST): cannot reach node 1 (HOST) at 127.0.0.1, where its gloo listens (") and \
         "GLOO_SOCKET_IFNAME" in lines[0]
 
 
 def test_a_slow_link(ranks, hosts, tmp_path):
-    limited = ["tc", "-n", hosts[0], "qdisc", "add", "dev", f"{hosts[0]}v", "root", "tbf", "rate", "80mbit", "burst", "64kb", "latency", "500ms"]
+    limited = ["tc", "-n", hosts[0], "qdisc", "add", "dev", f"{hosts[0]}v", "root", "tbf", "rate", "80mbit", "burst", "64kb",
+               "latency", "500ms"]
     if not shutil.which("tc") or subprocess.run(limited, capture_output=True).returncode:
         pytest.skip("needs tc of iproute2, and its tbf")
     try:
-        found = ranks(2, check_on, hosts, [f"--folder={tmp_path}", "--timeout=20", "--min-bandwidth=0.02"], [(0, at_the_first), (1, at_the_first)], local_world_size=1)
+        found = ranks(2, check_on, hosts, [f"--folder={tmp_path}", "--timeout=20", "--min-bandwidth=0.02"], AT_THE_FIRST,
+                      local_world_size=1)
     finally:
         subprocess.run([*limited[:4], "del", *limited[5:8]])
     lines = wrong(found)
@@ -287,9 +298,10 @@ def test_a_link_that_is_cut(hosts, tmp_path):
     (tmp_path / "cut.py").write_text(CUT)
 
     def both(when):
-        started = [Forked([tmp_path / "cut.py", when if node else "never", "--timeout=3", "--folder", tmp_path], ROOT, ENV | dict(
-            NETWORK=hosts[node], GLOO_SOCKET_IFNAME=f"{hosts[node]}v", MASTER_ADDR=ADDRESS[0], MASTER_PORT="29617",
-            RANK=str(node), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")) for node in range(2)]
+        command = [tmp_path / "cut.py", "never", "--timeout=3", "--folder", tmp_path]
+        env = ENV | dict(MASTER_ADDR=ADDRESS[0], MASTER_PORT="29617", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        started = [Forked(words, ROOT, env | dict(NETWORK=name, GLOO_SOCKET_IFNAME=f"{name}v", RANK=str(node)))
+                   for node, (name, words) in enumerate(zip(hosts, (command, [command[0], when, *command[2:]])))]
         found = [process.communicate(timeout=120) for process in started]
         return [[line for line in wrong([(process.returncode, *said) for process, said in zip(started, found)], node)
                 if "MB/s" not in line] for node in range(2)]  # the disk may be busy
