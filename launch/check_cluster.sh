@@ -2,9 +2,9 @@
 """:"
 # Are these nodes fit to train on? Before the first run on them, and when a run is slow or does not start:
 #
-#     srun --nodes 4 --ntasks-per-node 1 launch/check_cluster.sh                   within an allocation, or for one of its own
-#     torchrun --nnodes 4 … launch/check_cluster.sh                                without SLURM: as training is started
-#     bash launch/check_cluster.sh                                                 this machine alone
+#     srun --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 launch/check_cluster.sh    under SLURM: one task a node
+#     torchrun --nnodes 4 … launch/check_cluster.sh                                   elsewhere: as training is started
+#     bash launch/check_cluster.sh                                                    this machine alone
 #
 # To the shell, these lines are the program, as in launch/train.sh; to Python, they are one string. See nanogpt/cluster.py.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

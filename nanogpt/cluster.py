@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None):
     """Parses the command line, runs all checks, prints what was found. Raises UserError, one line a problem."""
     parser = Parser(prog="launch/check_cluster.sh", description=__doc__.split("\n")[0] + f"""
 
-    srun --nodes 4 --ntasks-per-node 1 launch/check_cluster.sh      under SLURM: one task a node
-    torchrun --nnodes 4 … launch/check_cluster.sh                   elsewhere
-    bash launch/check_cluster.sh                                    this machine alone
+    srun --nodes 4 --ntasks-per-node 1 --gpus-per-node 8 launch/check_cluster.sh    under SLURM: one task a node
+    torchrun --nnodes 4 … launch/check_cluster.sh                                   elsewhere: as training is started
+    bash launch/check_cluster.sh                                                    this machine alone
 
 {__doc__.split(chr(10), 2)[2]}
 Settings of the network, in the environment of every node alike:

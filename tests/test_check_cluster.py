@@ -197,7 +197,7 @@ def test_interfaces_as_nccl_chooses_them(pattern, found):
 def test_help_and_wrong_use(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "launch" / "check_cluster.sh"), "--help"], cwd=tmp_path, env=ENV, text=True,
                           capture_output=True)
-    assert done.returncode == 0 and "NCCL_SOCKET_IFNAME" in done.stdout and "srun --nodes" in done.stdout
+    assert done.returncode == 0 and "NCCL_SOCKET_IFNAME" in done.stdout and "srun --nodes 4" in done.stdout
     with mock.patch.dict(os.environ, {"SLURM_NNODES": "2"}):
         status, _, err = check([])
     assert status == 1 and err.startswith("error: a job of 2 nodes, and this runs on one: srun --ntasks-per-node 1")

@@ -7,6 +7,7 @@ run folder, and the one that gets it reaches its time limit. Each start costs se
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -104,8 +105,8 @@ class Cluster:
         found = set()
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                environment = (path / "environ").read_bytes().split(b"\0")
-                ours = {b"SLURMD_NODENAME=" + node.encode(), f"SLURM_CONF={self.folder}/slurm.conf".encode()} <= {*environment}
+                environment = (path / "environ").read_text(errors="replace").split("\0")
+                ours = {f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder}/slurm.conf"} <= set(environment)
                 if ours or path.joinpath("comm").read_text().startswith("slurmstepd") and any(
                         os.readlink(file) == f"{self.folder}/{node}.log" for file in path.glob("fd/*")):
                     found.add(int(path.name))
@@ -273,6 +274,16 @@ def rows_of_each_step(small_run, text_dataset) -> list[Counter]:  # noqa: F811
     samples = import_streaming().LocalDataset(local=str(text_dataset / "train"))
     return [Counter(xxhash.xxh64(samples[sample]["tokens"][part * 32:part * 32 + 33].astype("<i8").tobytes()).hexdigest()
                     for sample, part in stream.sequences(step).tolist()) for step in range(LONG)]
+
+
+def test_check_cluster_as_a_step(cluster, tmp_path):
+    done = subprocess.run(["srun", "--nodes=2", "--ntasks-per-node=1", "launch/check_cluster.sh", "--min-bandwidth=1e-5",
+                           "--folder", tmp_path], env=cluster.env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert re.match(r"nodes        2 x 1 rank: node 0 \(n\d\), node 1 \(n\d\)\n", done.stdout), done.stderr
+    assert "GB/s between the slowest two nodes" in done.stdout
+    wrong = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert all(" MB/s; below 50 checkpoints take long" in line for line in wrong), wrong  # tests may have a slow disk
+    assert done.returncode == bool(wrong) and ("all is well" in done.stdout) == (not wrong)
 
 
 def test_help_and_wrong_use(tmp_path):
