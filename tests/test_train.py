@@ -257,7 +257,7 @@ def test_wandb_offline(small_run):
 def test_what_is_told_of_a_config_that_changed(small_run):
     """A setting that an older version did not know was as it is by default."""
     from nanogpt.config import load_config
-    from nanogpt.train import changes
+    from nanogpt.console import changes
     now = load_config([str(small_run.config), "--train.max_steps=9"]).model_dump()
     was = {section: dict(values) for section, values in now.items()}
     del was["model"]["mask_documents"], was["data"]["tokenizer"], was["train"]["batch_schedule"]
