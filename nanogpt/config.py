@@ -653,9 +653,22 @@ def _explain(error: dict, key: str) -> str:
     return "no such setting" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
 
 
+USAGE = """
+usage: bash launch/train.sh CONFIG.yaml [--section.key VALUE …]
+
+Trains a GPT, on every GPU of this machine, else on its CPU. The same command starts a run and resumes it.
+
+    bash launch/train.sh configs/quickstart.yaml
+    bash launch/train.sh configs/shakespeare_char_cpu.yaml --train.max_steps 200 --run.name short
+    bash launch/train.sh configs/gpt2_124m.yaml --optim.learning_rate 3e-4 --log.wandb online
+    bash launch/train.sh --nproc_per_node=4 configs/gpt2_124m.yaml                torchrun's options come before CONFIG
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 launch/train.sh configs/gpt2_1558m.yaml
+"""
+
+
 def help_text() -> str:
-    """Every setting with its type, default and meaning."""
-    lines = [__doc__.strip(), ""]
+    """How to start training, and every setting with its type, default and meaning."""
+    lines = [USAGE.strip(), "", __doc__.partition("\n\n")[2].partition("\n\n")[2].strip(), ""]
     for section_name, section in Config.model_fields.items():
         section = section.annotation
         lines += [f"{section_name}: {section.__doc__}"]

@@ -1,6 +1,6 @@
 """What a run says on a screen: the table at its start, each warning once, and on a terminal a last line that is alive.
 
-    ██████████▋░░░░░░░░░ 53%  step 1060/2000  loss 1.8312 ▇▅▅▃▃▂▂▁▂▁  lr 5.4e-04  24.4k tok/s  mem 0.7 GiB  eta 0:31
+    ████████▍             42%  step 253/600  loss 2.8931  ▆▄▅█▆▆▂▁▃▆▂▁  lr 4.01e-04  20.1k tok/s  mem 0.3 GiB  eta 0:04  saves in 147 (0:01)
 
 Whatever else is printed goes above that line and stays. The cursor waits at the line's
 first character, from where the terminal itself erases to the end of the screen: so nothing stays behind when the window gets
@@ -22,7 +22,7 @@ from collections import deque
 from nanogpt.config import Config
 from nanogpt.words import duration, short
 
-BLOCKS, SPARKS = (" ▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█"), (" -=#", "_.-~=+*#")  # with Unicode; without
+UNICODE, ASCII = (" ▏▎▍▌▋▊▉█", "▁▂▃▄▅▆▇█"), (" -=#", "_.-~=+*#")  # a cell of the bar as it fills; a sparkline from low to high
 
 
 def lives(stream) -> bool:
@@ -45,15 +45,15 @@ class Live:
 
     def __init__(self, config: Config, first_step: int, place):
         """place.step, .phase, .first: where the loop is, as in watch.Watch. Without a terminal it does nothing."""
-        self.on = lives(sys.stdout)
-        if not self.on:
-            return
         self.config, self.first_step, self.place = config, first_step, place
         self.record, self.left, self.at, self.losses = None, 0.0, time.monotonic(), deque(maxlen=12)
-        self.stdout, self.stderr, self.fd = sys.stdout, sys.stderr, sys.stdout.fileno()
-        self.blocks, self.sparks = BLOCKS if knows_unicode(sys.stdout) else SPARKS
+        self.stdout, self.stderr, self.on = sys.stdout, sys.stderr, lives(sys.stdout)
+        self.blocks, self.sparks = UNICODE if knows_unicode(sys.stdout) else ASCII
         self.colour = not os.environ.get("NO_COLOR")
-        self.lock, self.drawn, self.whole, self.ended = threading.RLock(), False, True, threading.Event()
+        if not self.on:
+            return
+        self.fd, self.drawn, self.whole = sys.stdout.fileno(), False, True  # whole: what was printed last ends with its line
+        self.lock, self.ended = threading.RLock(), threading.Event()
         sys.stdout = Above(self, sys.stdout)
         if lives(sys.stderr):
             sys.stderr = Above(self, sys.stderr)
@@ -220,7 +220,7 @@ def introduce(meter, config: Config, stream, val: list, model, resumed, state: d
     if estimate:
         meter.say(f"memory      {estimate}")
     meter.say(f"run         {c.run_dir}" + (f", from {c.run.init_from}" if c.run.init_from and not resumed else ""))
-    if changed := [f"{key} {value} ({was})" for key, (was, value) in c.overridden.items()]:
+    if changed := [f"{key} {word(value)} ({word(was)})" for key, (was, value) in c.overridden.items()]:
         more = f", and {len(changed) - 12} more" if len(changed) > 12 else ""
         for line in textwrap.wrap("overridden  " + ", ".join(changed[:12]) + more, 120, subsequent_indent=" " * 12,
                                   break_long_words=False, break_on_hyphens=False):
@@ -229,6 +229,11 @@ def introduce(meter, config: Config, stream, val: list, model, resumed, state: d
         meter.say(f"resuming    {resumed}: step {state['step']} on {state['world_size']} -> {ranks} ranks")
         for key, (was, now) in changes(state["config"], c.model_dump()).items():
             meter.say(f"            changed since: {key} {was} -> {now}")
+
+
+def word(value) -> str:
+    """As in YAML."""
+    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def changes(was: dict, now: dict) -> dict:

@@ -29,7 +29,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, console, health, stream, tokenizer, train
+from nanogpt import checkpoint, console, health, stream, tokenizer
 from nanogpt import resume as resuming
 from nanogpt.config import Config, load_config
 from nanogpt.errors import UserError
