@@ -263,7 +263,8 @@ class Train(Section):
     micro_batch_size: Positive = Field(12, description="sequences a rank puts through the model at once")
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
-    compile: bool = Field(True, description="torch.compile, block by block")
+    compile: bool | None = Field(None, description="torch.compile, block by block (default: on a GPU; on a CPU it gains "
+                                 "nothing)")
     freeze_blocks: Few = Field(0, description="the first n blocks and the embeddings (with them a tied head) keep their "
                                "weights: finetuning")
     max_skipped_steps: Few = Field(0, description="steps of the whole run that may be left out because their loss or "

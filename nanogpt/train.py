@@ -42,6 +42,8 @@ def train(config: Config, device: torch.device) -> dict:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     guard = watch.Watch(config.run)
+    if config.train.compile is None:
+        config.train.compile = device.type == "cuda"
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
     warnings = []
