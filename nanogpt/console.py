@@ -1,10 +1,10 @@
 """What a run says on a screen: the table at its start, each warning once, and on a terminal a last line that is alive.
 
-    ████████▍             42%  step 253/600  loss 2.8931  ▆▄▅█▆▆▂▁▃▆▂▁  lr 4.01e-04  20.1k tok/s  mem 0.3 GiB  eta 0:04  saves in 147 (0:01)
+    ████▎       42%  step 253/600  loss 2.8931  ▆▄▅█▆▆▂▁▃▆▂▁  lr 4.01e-04  20.1k tok/s  mem 0.3 GiB  eta 0:04  saves in 147 (0:01)
 
-Whatever else is printed goes above that line and stays. The cursor waits at the line's
-first character, from where the terminal itself erases to the end of the screen: so nothing stays behind when the window gets
-narrower and the line is wrapped. (tqdm's waits behind the line, and a piece of it is left.)
+Whatever else is printed goes above that line and stays. The cursor waits at the line's first character, from where the
+terminal itself erases to the end of the screen: so nothing stays behind when the window gets narrower and the line is
+wrapped. (tqdm's cursor waits behind the line: there, a piece of it would be left.)
 
 In a file, a pipe, CI, or on a terminal that calls itself dumb: plain lines, and no control codes.
 """
