@@ -4,10 +4,10 @@ All of it stays on the device until the host looks, at log steps. How the blocks
 
     health/weight_norm          of all parameters of a block
     health/update_norm          of what the step has added to them
-    health/update_ratio         the second divided by the first: about 1e-3 is usual
+    health/update_ratio         the second divided by the first
     health/activation_rms       root mean square of what a block gives to the next, over tokens and width
-    health/attention_logit_max  the greatest q·k / sqrt(head), of all heads, of what a query sees; beyond 50 or so, attention
-                                has become a choice of one, and training is about to diverge (Dehghani et al., 2023)
+    health/attention_logit_max  the greatest q·k / sqrt(head), of all heads, of what a query sees; where it grows without end,
+                                attention comes to choose one token, and training diverges (Dehghani et al., 2023)
     health/dead_units           share of the MLP's units that no token made fire: whose input to the activation, the gate's in
                                 swiglu, was above 0 for none
 
