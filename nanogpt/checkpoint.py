@@ -70,10 +70,11 @@ def _fill_state(optimizer):
 class Saver:
     """Saves checkpoints into one run folder, keeps the newest, and reports what failed instead of ending the run."""
 
-    def __init__(self, folder: Path, keep_last: int, keep_every: int, async_save: bool, keep_best: bool = False, warn=print):
-        """folder: RUN/checkpoints. Every rank makes one; rank 0 publishes."""
+    def __init__(self, folder: Path, keep_last: int, keep_every: int, async_save: bool, keep_best: bool = False, warn=print,
+                 saved=lambda line: None):
+        """folder: RUN/checkpoints. Every rank makes one; rank 0 publishes. warn, saved: say a line."""
         self.folder, self.keep_last, self.keep_every, self.async_save = folder, keep_last, keep_every, async_save
-        self.keep_best, self.warn = keep_best, warn
+        self.keep_best, self.warn, self.saved = keep_best, warn, saved
         self.group = dist.new_group(backend="gloo")  # of its own: the background thread talks while training does
         self.aside, self.thread = {}, ThreadPoolExecutor(1, "checkpoint")  # what it writes, in host memory
         self.writing = None                          # the future of the save under way
@@ -90,7 +91,7 @@ class Saver:
         self.wait()
         final, best_step = step_folder(self.folder, state["step"]), state.get("held_out", {}).get("best_step")
         partial = self.folder / f".{final.name}.partial"
-        self.failure, self.published, self.told, self.began = None, threading.Event(), False, time.monotonic()
+        self.final, self.failure, self.published, self.told, self.began = final, None, threading.Event(), False, time.monotonic()
         if dist.get_rank() == 0:
             try:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -180,10 +181,13 @@ class Saver:
         return failed[0] is None
 
     def tell(self):
-        """Rank 0: warns, once, if the save in the background has failed."""
-        if self.published.is_set() and self.failure is not None and not self.told:
+        """Rank 0: says, once, that the save in the background has ended, and warns if it has failed."""
+        if self.published.is_set() and not self.told:
             self.told = True
-            self.warn(f"warning: checkpoint not saved ({_reason(self.failure)}); the older ones are kept")
+            if self.failure is not None:
+                self.warn(f"warning: checkpoint not saved ({_reason(self.failure)}); the older ones are kept")
+            else:
+                self.saved(f"saved       {self.final} in {self.seconds:.1f} s")
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
