@@ -169,13 +169,15 @@ class Check:
 
     def verdict(self) -> str:
         """What node 0 makes of it all; it prints."""
-        try:
-            self.store.set_timeout(timedelta(seconds=(self.nodes + 1) * self.args.timeout))
-            found = self.store.get("verdict").decode()
-            self.store.add("left", 1)
-            return found
-        except Exception as error:
-            raise UserError(f"{self.name}: heard no more of node 0 ({one_line(error)})") from None
+        seconds = (self.nodes + 1) * self.args.timeout
+        with self.limit("hearing from node 0, to which the link may be cut,", seconds):  # the store's own limits may hang
+            try:
+                self.store.set_timeout(timedelta(seconds=seconds + 60))
+                found = self.store.get("verdict").decode()
+                self.store.add("left", 1)
+                return found
+            except RuntimeError as error:
+                raise UserError(f"{self.name}: node 0 has ended ({one_line(error)})") from None
 
     # ---- time limits ------------------------------------------------------------------------------------------------
 
