@@ -44,6 +44,7 @@ SHM_BYTES = 64 << 20        # streaming: 8 bytes a sample, so 8 million samples
 SHM_BYTES_GPUS = 1 << 30    # and NCCL, between GPUs without peer access: what NVIDIA's containers are given
 DISK_BYTES_PER_S = 50e6     # a checkpoint of 1 GB in 20 s
 CLOCK_S = 1.0               # object stores refuse at 15 minutes, SLURM's munge at 5; logs are hard to read long before
+SLOW = 0.5                  # a pair of nodes below this share of the median of all pairs is named
 MiB, GiB = 1 << 20, 1 << 30
 
 
@@ -479,9 +480,9 @@ class Check:
             who = "all ranks" if key == "all" else " and ".join(everyone[int(node)]["name"] for node in key.split())
             if isinstance(value, str):
                 problems.append(f"all-reduce between {who} failed ({value}): NCCL_DEBUG=INFO tells more")
-            elif value < self.args.min_bandwidth * 1e9 or value < usual / 2:
+            elif value < self.args.min_bandwidth * 1e9 or value < SLOW * usual:
                 problems.append(f"all-reduce between {who}: {value / 1e9:.3g} GB/s, and "
-                                + (f"{usual / 1e9:.3g} between others" if value < usual / 2 else
+                                + (f"{usual / 1e9:.3g} between others" if value < SLOW * usual else
                                    f"{self.args.min_bandwidth:g} is the least that --min-bandwidth allows")
                                 + ": a cable, a switch port, or the wrong interface (NCCL_SOCKET_IFNAME, NCCL_IB_HCA)")
         return problems

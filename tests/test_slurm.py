@@ -53,7 +53,7 @@ class Cluster:
             f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmctldLogFile={folder}/slurmctld.log",
             f"SlurmdSpoolDir={folder}/%n", f"SlurmdPidFile={folder}/%n.pid", f"SlurmdLogFile={folder}/%n.log",
             "ProctrackType=proctrack/pgid", "TaskPlugin=task/none", "MpiDefault=none", "SelectType=select/cons_tres",
-            "SlurmdParameters=config_overrides", "SlurmdTimeout=10", "SchedulerParameters=sched_interval=1,bf_interval=1",
+            "SlurmdParameters=config_overrides", "SlurmdTimeout=5", "SchedulerParameters=sched_interval=1,bf_interval=1",
             *(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=1000"
               for node, port in zip(NODES, ports)),
             "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE", ""]))
