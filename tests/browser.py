@@ -1,6 +1,7 @@
 """A headless Chromium of this machine, spoken to through a pipe in the DevTools protocol. It reaches no network."""
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -20,11 +21,12 @@ class Browser:
         command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
                    "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
                    "--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}", "about:blank"]
-        self.process = subprocess.Popen(["sh", "-c", 'r=$1 w=$2; shift 2; eval "exec \\"\\$@\\" 3<&$r 4>&$w"', "sh", str(theirs[0]),
-                                         str(ours[1]), *command], pass_fds=(theirs[0], ours[1]), start_new_session=True,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(theirs[0])
-        os.close(ours[1])
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs[0], ours[1])]  # out of the way of 3 and 4, which it takes
+        self.process = subprocess.Popen(command, preexec_fn=lambda: [os.dup2(end, i) for i, end in enumerate(ends, 3)],
+                                        pass_fds=(3, 4), start_new_session=True, stdin=subprocess.DEVNULL,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for end in (*ends, theirs[0], ours[1]):
+            os.close(end)
         self.write, self.read, self.left, self.number, self.seen, self.session = theirs[1], ours[0], b"", 0, [], None
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
