@@ -33,7 +33,8 @@ def read_metrics(folder: Path) -> list[dict]:
             record = json.loads(line)
             if record["loss"] is None:
                 record["loss"] = math.nan
-            if any(isinstance(record[key], (str, bool)) or math.isinf(float(record[key])) for key in ("step", "tokens", "loss")):
+            needed = [record[key] for key in ("step", "tokens", "loss")]
+            if any(isinstance(value, (str, bool)) or math.isinf(float(value)) for value in needed):
                 raise ValueError
             record["step"], record["tokens"] = int(record["step"]), int(record["tokens"])
             records.append(record)
@@ -48,7 +49,8 @@ def read_config(folder: Path) -> dict:
     """{section: {key: value}} of a run's config.yaml; {} where there is none. Raises UserError where it is damaged."""
     from nanogpt.config import _read_yaml
     path = folder / "config.yaml"
-    return {name: section for name, section in _read_yaml(path)[0].items() if isinstance(section, dict)} if path.exists() else {}
+    values = _read_yaml(path)[0] if path.exists() else {}
+    return {name: section for name, section in values.items() if isinstance(section, dict)}
 
 
 def names(folders: list[Path]) -> list[str]:
@@ -89,7 +91,6 @@ def along(axis: str, records: list[dict], flops_per_token: float = math.nan) -> 
 
 def flops_per_token(config: dict) -> float:
     """Of forward and backward, model.py's count, from the config of a run. Raises UserError where it has no whole model."""
-    from pydantic import ValidationError
     import torch
 
     from nanogpt.config import Model
@@ -100,7 +101,7 @@ def flops_per_token(config: dict) -> float:
             raise ValueError
         with torch.device("meta"):
             return float(GPT(model).flops_per_token())
-    except (KeyError, TypeError, ValueError, ValidationError):
+    except (KeyError, TypeError, ValueError):
         raise UserError("its config.yaml has no whole model section, so its FLOPs are not known; take another --x") from None
 
 

@@ -18,10 +18,10 @@ class Browser:
 
     def __init__(self, profile: Path):
         ours, theirs = os.pipe(), os.pipe()  # theirs: what it reads; ours: what we read
-        command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-                   "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
+        command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+                   "--remote-debugging-pipe", "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
                    "--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}", "about:blank"]
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs[0], ours[1])]  # out of the way of 3 and 4, which it takes
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs[0], ours[1])]  # out of the way of 3 and 4: its own
         self.process = subprocess.Popen(command, preexec_fn=lambda: [os.dup2(end, i) for i, end in enumerate(ends, 3)],
                                         pass_fds=(3, 4), start_new_session=True, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -59,7 +59,8 @@ class Browser:
         """Shows a file in a window of that size, and waits until it has been drawn."""
         self.seen = []
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
-        self.send("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")])
+        scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.send("Page.navigate", url=path.resolve().as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.seen):
             self.seen.append(self._next())
@@ -80,7 +81,8 @@ class Browser:
 
     def requests(self) -> list[str]:
         """URLs that the page asked for since `open`."""
-        return [event["params"]["request"]["url"] for event in self.seen if event.get("method") == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in self.seen
+                if event.get("method") == "Network.requestWillBeSent"]
 
     def complaints(self) -> list[str]:
         """Errors and warnings of its console, exceptions, and what its policy has blocked."""

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names, read_config,  # noqa: E402
-                            read_metrics, shown, smoothed, thinned)
+from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,  # noqa: E402
+                            read_config, read_metrics, shown, smoothed, thinned)
 from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
 from nanogpt.words import short  # noqa: E402
 
@@ -97,7 +97,8 @@ def draw(curves: dict[str, list[dict]], *outs: Path, axis: str = "steps", log_x:
     per_step = {r["tokens"] / r["step"] for line in lines for r in line.records if r["step"]}
     both = axis == "steps" and len(per_step) == 1 and min(per_step) > 0  # all steps are of one size: tokens along the top
     top = 0.95 if both else 0.5
-    height, left, right = top + 6.45 + 0.21 * len(table), 0.85, 11 - 0.35 - 0.072 * max(len(label[2].split("\n")[-1]) for label in labels)
+    longest_label = max(len(words.split("\n")[-1]) for _, _, words, _ in labels)
+    height, left, right = top + 6.45 + 0.21 * len(table), 0.85, 11 - 0.35 - 0.072 * longest_label
     figure = plt.figure(figsize=(11, height))
 
     def place(x, y, width, tall):  # in inches, from the upper left
@@ -149,8 +150,9 @@ def draw(curves: dict[str, list[dict]], *outs: Path, axis: str = "steps", log_x:
             panel.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             panel.yaxis.set_minor_formatter(lambda y, _: "")
         panel.set_xlim(axes.get_xlim())
-        panel.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}" if unit or axis == "flops" else
-                                        f"{x:,.0f}" if x < 1e6 and panel is axes else short(x))
+        whole = 1e6 if panel is axes else 1e4
+        panel.xaxis.set_major_formatter(lambda x, _, whole=whole: f"{x:.3g}" if unit or axis == "flops" else
+                                        f"{x:,.0f}" if x < whole else short(x))
         panel.xaxis.set_minor_formatter(lambda x, _: "")
         panel.set_xlabel(AXES[axis] + (f" ({unit})" if unit else ""), fontsize=10 if panel is axes else 8)
         panel.grid(alpha=0.25)
@@ -233,10 +235,11 @@ def end_labels(lines: list[Line]) -> list[tuple]:
         if len(lines) == 1:
             if val is not None:
                 bits = line.records[val].get("val_bits_per_byte")
-                words = f"val {line.raw['val_loss'][val]:.4f}" + (f"\n{bits:.4f} bits/byte" if isinstance(bits, float) else "")
-                labels.append((line.x[val], line.raw["val_loss"][val], words, COLORS[1]))
+                y, more = line.raw["val_loss"][val], f"\n{bits:.4f} bits/byte" if isinstance(bits, float) else ""
+                labels.append((line.x[val], y, f"val {y:.4f}{more}", COLORS[1]))
             if train is not None:
-                labels.append((line.x[train], line.smooth["loss"][train], f"train {line.smooth['loss'][train]:.4f}", line.color))
+                y = line.smooth["loss"][train]
+                labels.append((line.x[train], y, f"train {y:.4f}", line.color))
         elif train is not None:
             words = f"{line.called:.24}  {line.smooth['loss'][train]:.3f}"
             words += f", val {line.raw['val_loss'][val]:.3f}" if val is not None else ""
@@ -252,7 +255,8 @@ def draw_labels(axes, labels: list[tuple], size: float):
     places = spread([(y - low) / (high - low) for _, y, _, _ in labels], max(gaps))
     for at, (x, y, words, color) in zip(places, labels):
         axes.annotate(words, (x / size, y), (1.015, at), textcoords="axes fraction", color=color, va="center", fontsize=9,
-                      annotation_clip=False, arrowprops=dict(arrowstyle="-", color=color, linewidth=0.5, alpha=0.6, relpos=(0, 0.5)))
+                      annotation_clip=False,
+                      arrowprops=dict(arrowstyle="-", color=color, linewidth=0.5, alpha=0.6, relpos=(0, 0.5)))
 
 
 def spread(places: list[float], gap: float) -> list[float]:

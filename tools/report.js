@@ -106,7 +106,7 @@ class Chart {
     return {raw: run.columns[key], mean, val: key === "loss" ? run.columns.val_loss : null};
   }
 
-  range(x0, x1) {  // of y: of single values all but the highest 200th, for a spike would press the rest onto the floor
+  range(x0, x1) {  // of y; until one zooms, of single values all but the highest 200th: a spike would press the rest onto the floor
     const all = [], sure = [];
     const late = this.spec.key === "loss" && !state.view && !state.logX && !state.logY ? x0 + (x1 - x0) / 25 : x0;
     for (const run of visible()) {
@@ -119,7 +119,7 @@ class Chart {
     }
     const positive = state.logY ? (v) => v > 0 : () => true;
     const sorted = Float64Array.from(all.filter(positive)).sort();
-    const ends = sorted.length ? [sorted[0], sorted[Math.floor(0.995 * (sorted.length - 1))]] : [];
+    const ends = sorted.length ? [sorted[0], sorted[Math.floor((state.view ? 1 : 0.995) * (sorted.length - 1))]] : [];
     let low = Infinity, high = -Infinity;
     for (const list of [ends, sure.filter(positive)]) for (const v of list) { low = Math.min(low, v); high = Math.max(high, v); }
     if (low > high) return null;
@@ -360,7 +360,8 @@ class Chart {
     hover(this.at(this.to), this);
   }
   up(event) {
-    const {from, to} = this;
+    if (!this.box) return;
+    const from = this.from, to = this.inside(event);
     this.from = null;
     if (from != null && Math.abs(to - from) > 6) zoom([this.at(Math.min(from, to)), this.at(Math.max(from, to))]);
     else this.move(event);

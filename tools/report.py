@@ -1,7 +1,7 @@
 """A run, or several, as one HTML page to look at, keep and send: it needs no network and holds all that it shows.
 
     python tools/report.py runs/quickstart                                  writes runs/quickstart/report.html
-    python tools/report.py runs/a runs/b runs/c --out compared.html         curves in one chart, and what differs in the configs
+    python tools/report.py runs/a runs/b runs/c --out compared.html         curves in one chart, what differs in the configs
     python tools/report.py runs/gpt2_124m --samples 0                       without loading a checkpoint
     python tools/report.py runs/gpt2_124m --samples 3 --prompt "Once upon a time"
 
@@ -26,8 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names, read_config,  # noqa: E402
-                            read_metrics, settings, shown, smoothed, thinned)
+from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,  # noqa: E402
+                            read_config, read_metrics, settings, shown, smoothed, thinned)
 from nanogpt.errors import Help, Parser, UserError, one_line, run  # noqa: E402
 from nanogpt.words import duration, short  # noqa: E402
 
@@ -40,7 +40,7 @@ CHARTS = {  # what is always looked at: title, the way its values are written, w
     "goodput": ("goodput", "share", True), "memory_gib": ("largest memory (GiB)", "plain", True)}
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s", "mfu", "data_wait_fraction")
 OTHERS = 40  # curves of other keys, at most
-PLAIN = {"step", "tokens", "time", "step_time_s", "hfu", "train_loss", "val_loss", "train_bits_per_byte", "val_bits_per_byte"}
+NOT_DRAWN = {"step", "tokens", "time", "step_time_s", "hfu", "train_loss", "val_loss", "train_bits_per_byte", "val_bits_per_byte"}
 MOST = 200  # rows of a table, at most
 
 
@@ -49,8 +49,8 @@ def main():
     parser.formatter_class = Help
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, done or under way")
     parser.add_argument("--out", metavar="FILE.html", help="(nothing: report.html in the first RUN)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts from each checkpoint that is kept; 0: none, "
-                        "and those of earlier reports are still shown")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts from each checkpoint that "
+                        "is kept; 0: none, and those of earlier reports are still shown")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what samples go on from; nothing: a new document")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="of the sampling")
     args = parser.parse_args()
@@ -75,6 +75,12 @@ class Run:
     def __init__(self, folder: Path, called: str):
         self.folder, self.called, self.problems = folder, called, []
         self.records = read_metrics(folder)
+        for record in self.records:  # log.health full: a value of each block
+            for key, values in list(record.items()):
+                if key.startswith("health/") and isinstance(values, list) and (there := [v for v in column(
+                        [{key: v} for v in values], key) if v == v]):
+                    record[f"{key}, the largest block's"] = max(there)
+                    record[f"{key}, the median block's"] = statistics.median(there)
         self.config = self.attempt(lambda: read_config(folder)) or {}
         self.flops = self.attempt(lambda: flops_per_token(self.config), quiet=True)
         self.log = self.attempt(lambda: (folder / "log.txt").read_text("utf-8", "replace").splitlines(), quiet=True) or []
@@ -96,11 +102,12 @@ class Run:
             return None
 
     def status(self) -> str:
+        done = self.last_step and self.records[-1]["step"] >= self.last_step
+        return f"{'under way' if self.trains_now() else 'done' if done else 'stopped'}: {self.steps()} steps"
+
+    def steps(self) -> str:
         step, last = self.records[-1]["step"], self.last_step
-        of = f"step {step:,}" + (f" of {last:,}" if last else "")
-        if self.trains_now():
-            return f"under way: {of}"
-        return f"done: {of}" if last and step >= last else f"stopped: {of}"
+        return f"{step:,}" + (f" of {last:,}" if last and last > step else "")
 
     def trains_now(self) -> bool:
         """Whether a process holds the folder's lock (watch.py)."""
@@ -151,8 +158,8 @@ def checkpoints(folder: Path) -> list[dict]:
             found.append(dict(step=int(state["step"]), name=path.name, path=path, state=state,
                               bytes=sum(int(file["bytes"]) for file in json.loads(manifest)["files"].values()),
                               identity=hashlib.sha256(manifest).hexdigest()[:16]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # deleted just now, damaged, put aside
-            continue
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue  # deleted just now, damaged, put aside
     return sorted(found, key=lambda one: one["step"])
 
 
@@ -200,7 +207,8 @@ def read_samples(one: Run) -> list[dict]:
             s = json.loads(line)
             if 0 <= s["step"] <= one.records[-1]["step"]:
                 key = (int(s["step"]), str(s["prompt"]), int(s["number"]))
-                found[key] = dict(step=key[0], prompt=key[1], number=key[2], checkpoint=str(s["checkpoint"]), text=str(s["text"]))
+                found[key] = dict(step=key[0], prompt=key[1], number=key[2], checkpoint=str(s["checkpoint"]),
+                                  text=str(s["text"]))
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return [found[key] for key in sorted(found)]
@@ -229,7 +237,8 @@ def tag(name: str, *inside, **attributes) -> Html:
 
 def table(head: list, rows: list[list]) -> Html:
     """Columns that scroll where the screen is narrow; no heading row if head is empty."""
-    body = [tag("tr", *(tag("td", cell, class_="wrap" if len(str(cell)) > 36 else "") for cell in row)) for row in rows[:MOST]]
+    cells = [[tag("td", cell, class_="wrap" if len(str(cell)) > 36 else "") for cell in row] for row in rows[:MOST]]
+    body = [tag("tr", *row) for row in cells]
     if len(rows) > MOST:
         body.append(tag("tr", tag("td", f"… and {len(rows) - MOST:,} more")))
     first = [tag("tr", *(tag("th", cell) for cell in head))] if head else []
@@ -240,14 +249,20 @@ def section(title: str, *inside) -> Html:
     return tag("section", tag("h3", title), *inside)
 
 
+def muted(*inside) -> Html:
+    return tag("p", *inside, class_="muted")
+
+
 def page(runs: list[Run]) -> str:
     title = ", ".join(one.called for one in runs) if len(runs) < 4 else f"{len(runs)} runs"
     style = "\n" + beside("report.css") + "".join(f".c{i} {{ background: {color}; }}\n" for i, color in enumerate(COLORS))
     script = "\n" + beside("report.js")
     # What is not this style and this script is neither run nor fetched, whatever a text in the page may hold.
-    policy = f"default-src 'none'; script-src {sha256(script)}; style-src {sha256(style)}; base-uri 'none'; form-action 'none'"
+    policy = (f"default-src 'none'; script-src {sha256(script)}; style-src {sha256(style)}; base-uri 'none'; "
+              "form-action 'none'")
     several = [overview(runs)] if len(runs) > 1 else []
-    details = [tag("details", tag("summary", swatch(i), one.called), *of_run(one), class_="run") for i, one in enumerate(runs)]
+    details = [tag("details", tag("summary", swatch(i), one.called), *of_run(one), class_="run")
+               for i, one in enumerate(runs)]
     body = [
         tag("header", tag("h1", title), tag("p", "" if several else f"{runs[0].folder}, {runs[0].status()}; ",
                                             f"written {time.strftime('%F %H:%M %Z')}", class_="muted")),
@@ -259,7 +274,7 @@ def page(runs: list[Run]) -> str:
     head = [Html('<meta charset="utf-8">'), Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
             Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
             Html('<meta name="referrer" content="no-referrer">'), tag("title", title), Html(f"<style>{style}</style>")]
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{"".join(head)}</head>\n<body>\n' + "\n".join(body) + "\n</body>\n</html>\n"
+    return "\n".join(["<!DOCTYPE html>", '<html lang="en">', f"<head>{''.join(head)}</head>", "<body>", *body, "</body>", "</html>\n"])
 
 
 def beside(name: str) -> str:
@@ -293,7 +308,7 @@ def data(runs: list[Run]) -> dict:
     """What report.js draws: of each run columns of equal length, thinned together until all are within CELLS."""
     logged = [key for key in CHARTS if any(v == v for one in runs for v in column(one.records, key))]
     others = sorted({key for one in runs for r in one.records for key, value in r.items()
-                     if type(value) in (int, float) and key not in CHARTS and key not in PLAIN})[:OTHERS]
+                     if type(value) in (int, float) and key not in CHARTS and key not in NOT_DRAWN})[:OTHERS]
     keys = logged + others
     rows = CELLS // len(runs) // (len(keys) + len(SMOOTHED) + 4)
     charts = [dict(key=key, title=CHARTS[key][0], format=CHARTS[key][1], zero=CHARTS[key][2]) for key in logged]
@@ -317,7 +332,8 @@ def columns(one: Run, keys: list[str], rows: int) -> dict:
         return {"steps": [step for step, _ in at]} | {axis: [round(values[i], 3) for _, i in at]
                                                       for axis, values in places.items() if axis != "steps"}
 
-    return dict(name=one.called, flops=one.flops, x={axis: [round(values[i], 3) for i in keep] for axis, values in places.items()},
+    return dict(name=one.called, flops=one.flops,
+                x={axis: [round(values[i], 3) for i in keep] for axis, values in places.items()},
                 columns={key: [finite(values[i]) for i in keep] for key, values in raw.items()},
                 spikes=marks("loss_spikes"), skipped=marks("skipped_steps"))
 
@@ -333,15 +349,15 @@ def curves(runs: list[Run]) -> Html:
     legend = [Html(f'<button data-run="{i}"{pressed}>{swatch(i)}{e(one.called)}</button>') for i, one in enumerate(runs)]
     key = legend if len(runs) > 1 else [tag("span", swatch(0), "train, smoothed; faint: each logged value", class_="muted"),
                                         *([tag("span", swatch(1), "validation", class_="muted")] if runs[0].val else [])]
-    controls = [tag("div", tag("span", "against", class_="muted"), Html('<span class="group" id="axis"></span>'), class_="group"),
-                tag("div", Html('<button id="logx" aria-pressed="false">log x</button><button id="logy" aria-pressed="false">log y'
-                                f'</button><button id="raw"{pressed}>logged values</button>'
-                                '<button id="whole" hidden>show all again</button>'), class_="group")]
+    controls = Html('<div class="group"><span class="muted">against</span><span class="group" id="axis"></span></div>'
+                    '<div class="group"><button id="logx" aria-pressed="false">log x</button>'
+                    f'<button id="logy" aria-pressed="false">log y</button><button id="raw"{pressed}>logged values</button>'
+                    '<button id="whole" hidden>show all again</button></div>')
     more = [tag("details", tag("summary", "more curves"), tag("div", id="more"))]
-    return Html(tag("section", tag("h2", "Curves"), tag("div", *controls, class_="controls"),
+    return Html(tag("section", tag("h2", "Curves"), tag("div", controls, class_="controls"),
                     tag("div", *key, class_="group", id="legend"), tag("div", id="charts"), *more,
-                    tag("p", "Hover for values, drag to zoom, double-click to see all again. Triangles mark spikes of the loss, "
-                        "crosses steps that were left out.", class_="muted"), Html("<noscript>The curves need JavaScript.</noscript>")))
+                    muted("Hover for values, drag to zoom, double-click to see all again. Triangles mark spikes of the loss, "
+                          "crosses steps that were left out."), Html("<noscript>The curves need JavaScript.</noscript>")))
 
 
 def swatch(number: int) -> Html:
@@ -360,7 +376,7 @@ def facts(one: Run) -> dict[str, str]:
     found = {"best validation loss": one.best and f"{one.best[1]:.4f}", "at step": one.best and f"{one.best[0]:,}",
              "bits a byte there": f"{bits:.4f}" if isinstance(bits, float) else None,
              "training loss, smoothed": f"{loss:.4f}" if math.isfinite(loss) else "not finite",
-             "steps": f"{last['step']:,}" + (f" of {one.last_step:,}" if one.last_step and one.last_step > last["step"] else ""),
+             "steps": one.steps(),
              "tokens": short(last["tokens"]), "FLOPs": one.flops and f"{last['tokens'] * one.flops:.3g}".replace("e+", "e"),
              "trained for": duration(one.trained_s) if one.trained_s else None,
              "tokens/s, median": short(statistics.median(speed)) if speed else None,
@@ -370,7 +386,8 @@ def facts(one: Run) -> dict[str, str]:
 
 
 def tiles(one: Run) -> Html:
-    return tag("div", *(tag("div", tag("b", value), tag("span", name), class_="tile") for name, value in facts(one).items()), class_="tiles")
+    each = [tag("div", tag("b", value), tag("span", name), class_="tile") for name, value in facts(one).items()]
+    return tag("div", *each, class_="tiles")
 
 
 def overview(runs: list[Run]) -> Html:
@@ -382,34 +399,34 @@ def overview(runs: list[Run]) -> Html:
     missing = [one.called for one in runs if not one.config]
     first = tag("div", first, class_="several")
     if missing:
-        return Html(first + tag("p", f"Settings are not compared: {', '.join(missing)} without a config.yaml", class_="warn"))
+        return Html(first + tag("p", f"Settings are not compared: no config.yaml in {', '.join(missing)}", class_="warn"))
     different = differences([one.config for one in runs])
-    second = table(["run", *different], [[Html(swatch(i) + e(one.called)), *(shown(values[i]) for values in different.values())]
-                                         for i, one in enumerate(runs)])
-    return Html(first + tag("h2", "What differs in their settings") + (tag("div", second, class_="several") if different else tag("p", "Nothing.", class_="muted")))
+    rows = [[Html(swatch(i) + e(one.called)), *(shown(values[i]) for values in different.values())] for i, one in enumerate(runs)]
+    second = tag("div", table(["run", *different], rows), class_="several") if different else muted("Nothing.")
+    return Html(first + tag("h2", "What differs in their settings") + second)
 
 
 def of_run(one: Run) -> list[Html]:
     """Everything of a run but its curves."""
     problems = [tag("p", problem, class_="warn") for problem in one.problems]
-    return [*problems, samples(one), tag("div", settings_of(one), data_card(one), hardware(one), time_of(one), checkpoints_of(one),
-                                         evaluations(one), oddities(one), class_="columns"), whole_config(one)]
+    parts = [settings_of(one), data_card(one), hardware(one), time_of(one), checkpoints_of(one), evaluations(one), oddities(one)]
+    return [*problems, samples(one), tag("div", *parts, class_="columns"), whole_config(one)]
 
 
 def samples(one: Run) -> Html:
     found = read_samples(one)
     if not found:
-        return section("Samples", tag("p", "None: ", "no checkpoint is kept." if not one.checkpoints else
-                                      "this report was written with --samples 0.", class_="muted"))
-    texts = [tag("div", tag("p", f"step {s['step']:,}", class_="muted"), tag("pre", tag("span", s["prompt"], class_="prompt"), s["text"]))
+        return section("Samples", muted("None: ", "this report was written with --samples 0." if one.checkpoints else
+                                        "no checkpoint is kept."))
+    texts = [tag("div", muted(f"step {s['step']:,}"), tag("pre", tag("span", s["prompt"], class_="prompt"), s["text"]))
              for s in found[-MOST:]]
-    return section("Samples", tag("p", f"What checkpoints wrote, always with seed {SEED} and temperature {TEMPERATURE:g}: "
-                                  f"{LENGTH} tokens, or up to the end of a document.", class_="muted"), tag("div", *texts, class_="samples"))
+    return section("Samples", muted(f"What checkpoints wrote, always with seed {SEED} and temperature {TEMPERATURE:g}: {LENGTH} "
+                                    "tokens, or up to the end of a document."), tag("div", *texts, class_="samples"))
 
 
 def settings_of(one: Run) -> Html:
     if not one.config:
-        return section("Settings", tag("p", "There is no config.yaml.", class_="muted"))
+        return section("Settings", muted("There is no config.yaml."))
     default = settings({})
     other = [[tag("code", key), shown(value), shown(default.get(key))] for key, value in settings(one.config).items()
              if value != default.get(key)]
@@ -432,7 +449,7 @@ def data_card(one: Run) -> Html:
             card = load_dataset_card(path)
         except UserError as error:
             name, rows = dig(one.state, "tokenizer", "name"), dig(one.state, "tokenizer", "vocab_size")
-            parts.append(tag("p", tag("code", path), f": {error}", class_="muted"))
+            parts.append(muted(error))
             parts.append(table([], [["tokenizer", f"{name}, {rows:,} ids"]]) if name and isinstance(rows, int) else "")
             continue
         source, tokenizer = card["source"], card["tokenizer"]
@@ -440,9 +457,10 @@ def data_card(one: Run) -> Html:
                 ["samples", f"of {card['block_size']:,} tokens, {card['dtype']}"],
                 *([name, f"{split['tokens']:,} tokens, {split['samples']:,} samples, {split['documents']:,} documents, "
                    f"{short(split['bytes'])} bytes"] for name, split in card["splits"].items()),
-                ["source", f"{source.get('kind', '-')}, {shown(source.get('paths') or source.get('path') or source.get('name'))}"]]
-        parts += [table([], rows), tag("details", tag("summary", "how it was made"), table([], [[key, shown(value)] for key, value in source.items()]))]
-    return section("Data", *(parts or [tag("p", "No dataset is named.", class_="muted")]))
+                ["source", shown(source.get("paths") or source.get("kind"))]]
+        made = table([], [[key, shown(value)] for key, value in source.items()])
+        parts += [table([], rows), tag("details", tag("summary", "how it was made"), made)]
+    return section("Data", *(parts or [muted("No dataset is named.")]))
 
 
 def hardware(one: Run) -> Html:
@@ -475,12 +493,13 @@ def time_of(one: Run) -> Html:
         if not end and after:
             again = (last or start["first"]) - after["first"]
             end = "killed, or an error" + (f"; {again:,} steps done again" if again > 0 else "")
-        end = end or ("under way" if one.trains_now() else "done" if one.last_step and last == one.last_step else "killed, or an error")
+        done = one.last_step and last == one.last_step
+        end = end or ("under way" if one.trains_now() else "done" if done else "killed, or an error")
         when = at.get("time")
         each.append([f"{i + 1}", clock(when) if isinstance(when, (int, float)) else "-", f"{start['first']:,}",
                      "-" if last is None else f"{last:,}", start["ranks"] or "-", end])
-    starts_table = [tag("h3", "Starts"), table(["", "its first step, as kept", "after step", "to step", "ranks", "end"], each)] if each else []
-    return section("Time and goodput", table([], [row for row in rows if row[1]]), *starts_table)
+    list_of = [tag("h3", "Starts"), table(["", "its first step, as kept", "after step", "to step", "ranks", "end"], each)]
+    return section("Time and goodput", table([], [row for row in rows if row[1]]), *(list_of if each else []))
 
 
 def clock(seconds: float) -> str:
@@ -495,7 +514,7 @@ def checkpoints_of(one: Run) -> Html:
     best = dig(one.state, "held_out", "best_step")
     rows = [[kept["name"], f"{kept['bytes'] / 2**20:,.1f} MiB", f"{val[kept['step']]:.4f}" if kept["step"] in val else "-",
              "best" if kept["step"] == best else ""] for kept in one.checkpoints]
-    return section("Checkpoints", table(["", "size", "validation loss", ""], rows) if rows else tag("p", "None is kept.", class_="muted"))
+    return section("Checkpoints", table(["", "size", "validation loss", ""], rows) if rows else muted("None is kept."))
 
 
 def evaluations(one: Run) -> Html:
@@ -506,11 +525,12 @@ def evaluations(one: Run) -> Html:
             said = json.loads(path.read_text(encoding="utf-8"))
             for r in said["results"]:
                 error = f" ± {r['stderr']:.4f}" if isinstance(r.get("stderr"), float) else ""
-                rows.append([f"{r['task']} {r.get('data', '')} {r.get('split', '')}".strip(), r["metric"], f"{r['value']:.4f}{error}",
-                             f"{r['n']:,}", f"{dig(said, 'model', 'step') or '-'}"])
+                what = f"{r['task']} {r.get('data', '')} {r.get('split', '')}".strip()
+                rows.append([what, r["metric"], f"{r['value']:.4f}{error}", f"{r['n']:,}", f"{dig(said, 'model', 'step') or '-'}"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
-    hint = tag("p", "None yet: ", tag("code", f"python tools/evaluate.py --run {one.folder} --out {one.folder}/evaluation.json"), class_="muted")
+    command = f"python tools/evaluate.py --run {one.folder} --out {one.folder}/evaluation.json"
+    hint = muted("None yet: ", tag("code", command))
     return section("Evaluation", table(["task", "metric", "value", "of", "step"], rows) if rows else hint)
 
 
@@ -523,7 +543,7 @@ def oddities(one: Run) -> Html:
             loss = dig(by_step.get(step, {}), "loss")
             rows.append([f"{step:,}", what, f"{loss:.4f}" if isinstance(loss, float) and loss == loss else "-"])
     warned = list(dict.fromkeys(line for line in one.log if line.startswith("warning: ")))
-    parts = [table(["step", "", "loss"], rows)] if rows else [tag("p", "No spike of the loss, and no step was left out.", class_="muted")]
+    parts = [table(["step", "", "loss"], rows) if rows else muted("No spike of the loss, and no step was left out.")]
     parts += [tag("p", line, class_="warn") for line in warned[-30:]]
     return section("Out of the ordinary", *parts)
 
