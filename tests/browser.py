@@ -19,8 +19,8 @@ class Browser:
     def __init__(self, profile: Path):
         ours, theirs = os.pipe(), os.pipe()  # theirs: what it reads; ours: what we read
         command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                   "--remote-debugging-pipe", "--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
-                   "--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}", "about:blank"]
+                   "--remote-debugging-pipe", "--no-first-run", "--disable-extensions", "--disable-background-networking",
+                   "--disable-component-update", "--proxy-server=127.0.0.1:9", f"--user-data-dir={profile}", "about:blank"]
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs[0], ours[1])]  # out of the way of 3 and 4: its own
         self.process = subprocess.Popen(command, preexec_fn=lambda: [os.dup2(end, i) for i, end in enumerate(ends, 3)],
                                         pass_fds=(3, 4), start_new_session=True, stdin=subprocess.DEVNULL,

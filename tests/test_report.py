@@ -33,7 +33,8 @@ def make_run(folder: Path, steps: int, every: int = 1, val: int = 50, seed: int 
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(every, steps + 1, every):
             loss = 2 + 8 / (1 + step / 20) + draw.gauss(0, 0.05) + 4 * (step == steps * 3 // 5)
-            record = dict(step=step, tokens=step * 512, loss=loss, learning_rate=1e-3 * (1 - step / steps / 2), grad_norm=1 + draw.random(), step_time_s=0.25,
+            record = dict(step=step, tokens=step * 512, loss=loss, learning_rate=1e-3 * (1 - step / steps / 2),
+                          grad_norm=1 + draw.random(), step_time_s=0.25,
                           tokens_per_s=2048 * (1 + 0.1 * draw.random()), mfu=None, goodput=0.9, time=1.7e9 + step)
             if step == steps * 3 // 5:
                 record["loss_spikes"] = [step]
@@ -89,7 +90,8 @@ class Page(HTMLParser):
 
 def test_nothing_in_a_run_becomes_markup(tmp_path):
     folder = make_run(tmp_path / "<script>alert(3)<" / "run & <b>", 20, data=dict(path=EVIL), run=dict(name=EVIL))
-    (folder / "log.txt").write_text(f"model       {EVIL}\ndevice      {EVIL}\nwarning: {EVIL}\x1b[2J\u202e\nstopped by {EVIL}\n")
+    (folder / "log.txt").write_text(
+        f"model       {EVIL}\ndevice      {EVIL}\nwarning: {EVIL}\x1b[2J\u202e\nstopped by {EVIL}\n")
     sample = dict(step=20, checkpoint="x", prompt=EVIL, number=0, text=EVIL + "\0\ud800")
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     result = dict(task=EVIL, metric=EVIL, value=1.0, stderr=None, n=1)
@@ -121,7 +123,8 @@ def test_what_a_report_tells(tmp_path):
         (kept / "manifest.json").write_text(json.dumps(dict(files={"a": dict(bytes=3 << 20), "b": dict(bytes=1 << 19)})))
     (folder / "log.txt").write_text(
         "model       small\nbatch       4 sequences = 2 ranks x 2 x 1 accumulated\ndevice      an H1000\n"
-        "step  1/100  loss 9\nstep 57/100  loss 3\nmodel       small\nbatch       4 sequences = 1 ranks x 2 x 2 accumulated\ndevice      a CPU\n"
+        "step  1/100  loss 9\nstep 57/100  loss 3\n"
+        "model       small\nbatch       4 sequences = 1 ranks x 2 x 2 accumulated\ndevice      a CPU\n"
         "resuming    there: step 50 on 2 -> 1 ranks\nstep 90/100  loss 2\n"
         "stopped by SIGTERM after step 90 of 100, and saved\n"
         "model       small\nresuming    there: step 90 on 1 -> 1 ranks\nstep 100/100  loss 2\nwarning: it is late\n")
@@ -133,7 +136,7 @@ def test_what_a_report_tells(tmp_path):
                   "|step-00000050|3.5 MiB|", "|step-00000090|3.5 MiB|-|best|",
                   "|0|57|2|killed, or an error; 7 steps done again|",
                   "|50|90|1|stopped by SIGTERM after step 90 of 100, and saved|", "|90|100|-|done|", "|torch|2.99|",
-                  "|warning: it is late|",                  "|60|spike of the loss|", "|model.n_layer|2|12|", "done: 100 steps"):
+                  "|warning: it is late|", "|60|spike of the loss|", "|model.n_layer|2|12|", "done: 100 steps"):
         assert words in text, words
 
 
@@ -174,13 +177,14 @@ def test_long_runs_keep_every_extreme(long_run):
 
 def test_help_and_bad_input_are_short(tmp_path):
     code = ("import runpy, sys; sys.argv = ['report.py', '--help']\n"
-            "try: runpy.run_path('tools/report.py', run_name='__main__')\nexcept SystemExit: pass\nassert not {'torch', 'numpy', 'pydantic', 'matplotlib'} & set(sys.modules)")
+            "try: runpy.run_path('tools/report.py', run_name='__main__')\nexcept SystemExit: pass\n"
+            "assert not {'torch', 'numpy', 'pydantic', 'matplotlib'} & set(sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "python tools/report.py runs/a runs/b" in done.stdout, done.stderr
     good = make_run(tmp_path / "good", 3)
     with pytest.raises(UserError, match="no/x.html: cannot be written"):
         report(good, "--out", tmp_path / "no/x.html")
-    for args, words in [([tmp_path / "no"], "no such run folder"), ([good, "--out", "x.pdf"], "x.pdf does not end in .html")]:
+    for args, words in [([tmp_path / "no"], "no such run folder"), ([good, "--out", "x.pdf"], "does not end in .html")]:
         done = subprocess.run([sys.executable, ROOT / "tools/report.py", *map(str, args)], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and words in done.stderr
         assert done.stderr.count("\n") == 1

@@ -203,7 +203,7 @@ class Line:
     def validation(self, axes, color: str, joined: bool):
         """A circle for each value, where they are few; joined by a line."""
         rows = [i for i, v in enumerate(self.raw["val_loss"]) if v == v]
-        axes.plot([self.x[i] for i in rows], [self.raw["val_loss"][i] for i in rows], color=color, 
+        axes.plot([self.x[i] for i in rows], [self.raw["val_loss"][i] for i in rows], color=color,
                   linewidth=1 if joined else 0, marker="o" if len(rows) < 60 or not joined else None,
                   markersize=4.5 if joined else 3, markeredgecolor="white", markeredgewidth=0.6)
 

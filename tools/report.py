@@ -40,7 +40,8 @@ CHARTS = {  # what is always looked at: title, the way its values are written, w
     "goodput": ("goodput", "share", True), "memory_gib": ("largest memory (GiB)", "plain", True)}
 SMOOTHED = ("loss", "grad_norm", "tokens_per_s", "mfu", "data_wait_fraction")
 OTHERS = 40  # curves of other keys, at most
-NOT_DRAWN = {"step", "tokens", "time", "step_time_s", "hfu", "train_loss", "val_loss", "train_bits_per_byte", "val_bits_per_byte"}
+NOT_DRAWN = {"step", "tokens", "time", "step_time_s", "hfu", "train_loss", "val_loss", "train_bits_per_byte",
+             "val_bits_per_byte"}
 MOST = 200  # rows of a table, at most
 
 
@@ -274,7 +275,7 @@ def page(runs: list[Run]) -> str:
     head = [Html('<meta charset="utf-8">'), Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
             Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
             Html('<meta name="referrer" content="no-referrer">'), tag("title", title), Html(f"<style>{style}</style>")]
-    return "\n".join(["<!DOCTYPE html>", '<html lang="en">', f"<head>{''.join(head)}</head>", "<body>", *body, "</body>", "</html>\n"])
+    return "\n".join(["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>\n"])
 
 
 def beside(name: str) -> str:
@@ -356,8 +357,8 @@ def curves(runs: list[Run]) -> Html:
     more = [tag("details", tag("summary", "more curves"), tag("div", id="more"))]
     return Html(tag("section", tag("h2", "Curves"), tag("div", controls, class_="controls"),
                     tag("div", *key, class_="group", id="legend"), tag("div", id="charts"), *more,
-                    muted("Hover for values, drag to zoom, double-click to see all again. Triangles mark spikes of the loss, "
-                          "crosses steps that were left out."), Html("<noscript>The curves need JavaScript.</noscript>")))
+                    muted("Hover for values, drag to zoom, double-click to see all again. Triangles mark spikes of the "
+                          "loss, crosses steps that were left out."), Html("<noscript>The curves need JavaScript.</noscript>")))
 
 
 def swatch(number: int) -> Html:
@@ -401,7 +402,8 @@ def overview(runs: list[Run]) -> Html:
     if missing:
         return Html(first + tag("p", f"Settings are not compared: no config.yaml in {', '.join(missing)}", class_="warn"))
     different = differences([one.config for one in runs])
-    rows = [[Html(swatch(i) + e(one.called)), *(shown(values[i]) for values in different.values())] for i, one in enumerate(runs)]
+    rows = [[Html(swatch(i) + e(one.called)), *(shown(values[i]) for values in different.values())]
+            for i, one in enumerate(runs)]
     second = tag("div", table(["run", *different], rows), class_="several") if different else muted("Nothing.")
     return Html(first + tag("h2", "What differs in their settings") + second)
 
@@ -409,7 +411,8 @@ def overview(runs: list[Run]) -> Html:
 def of_run(one: Run) -> list[Html]:
     """Everything of a run but its curves."""
     problems = [tag("p", problem, class_="warn") for problem in one.problems]
-    parts = [settings_of(one), data_card(one), hardware(one), time_of(one), checkpoints_of(one), evaluations(one), oddities(one)]
+    parts = [settings_of(one), data_card(one), hardware(one), time_of(one), checkpoints_of(one), evaluations(one),
+             oddities(one)]
     return [*problems, samples(one), tag("div", *parts, class_="columns"), whole_config(one)]
 
 
@@ -420,8 +423,8 @@ def samples(one: Run) -> Html:
                                         "no checkpoint is kept."))
     texts = [tag("div", muted(f"step {s['step']:,}"), tag("pre", tag("span", s["prompt"], class_="prompt"), s["text"]))
              for s in found[-MOST:]]
-    return section("Samples", muted(f"What checkpoints wrote, always with seed {SEED} and temperature {TEMPERATURE:g}: {LENGTH} "
-                                    "tokens, or up to the end of a document."), tag("div", *texts, class_="samples"))
+    return section("Samples", muted(f"What checkpoints wrote, always with seed {SEED} and temperature {TEMPERATURE:g}: "
+                                    f"{LENGTH} tokens, or up to the end of a document."), tag("div", *texts, class_="samples"))
 
 
 def settings_of(one: Run) -> Html:
@@ -526,7 +529,8 @@ def evaluations(one: Run) -> Html:
             for r in said["results"]:
                 error = f" ± {r['stderr']:.4f}" if isinstance(r.get("stderr"), float) else ""
                 what = f"{r['task']} {r.get('data', '')} {r.get('split', '')}".strip()
-                rows.append([what, r["metric"], f"{r['value']:.4f}{error}", f"{r['n']:,}", f"{dig(said, 'model', 'step') or '-'}"])
+                step = dig(said, "model", "step") or "-"
+                rows.append([what, r["metric"], f"{r['value']:.4f}{error}", f"{r['n']:,}", step])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     command = f"python tools/evaluate.py --run {one.folder} --out {one.folder}/evaluation.json"
