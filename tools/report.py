@@ -275,7 +275,8 @@ def page(runs: list[Run]) -> str:
     head = [Html('<meta charset="utf-8">'), Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
             Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
             Html('<meta name="referrer" content="no-referrer">'), tag("title", title), Html(f"<style>{style}</style>")]
-    return "\n".join(["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>\n"])
+    lines = ["<!DOCTYPE html>", '<html lang="en">', "<head>", *head, "</head>", "<body>", *body, "</body>", "</html>", ""]
+    return "\n".join(lines)
 
 
 def beside(name: str) -> str:
@@ -358,7 +359,8 @@ def curves(runs: list[Run]) -> Html:
     return Html(tag("section", tag("h2", "Curves"), tag("div", controls, class_="controls"),
                     tag("div", *key, class_="group", id="legend"), tag("div", id="charts"), *more,
                     muted("Hover for values, drag to zoom, double-click to see all again. Triangles mark spikes of the "
-                          "loss, crosses steps that were left out."), Html("<noscript>The curves need JavaScript.</noscript>")))
+                          "loss, crosses steps that were left out."),
+                    Html("<noscript>The curves need JavaScript.</noscript>")))
 
 
 def swatch(number: int) -> Html:
@@ -424,7 +426,8 @@ def samples(one: Run) -> Html:
     texts = [tag("div", muted(f"step {s['step']:,}"), tag("pre", tag("span", s["prompt"], class_="prompt"), s["text"]))
              for s in found[-MOST:]]
     return section("Samples", muted(f"What checkpoints wrote, always with seed {SEED} and temperature {TEMPERATURE:g}: "
-                                    f"{LENGTH} tokens, or up to the end of a document."), tag("div", *texts, class_="samples"))
+                                    f"{LENGTH} tokens, or up to the end of a document."),
+                   tag("div", *texts, class_="samples"))
 
 
 def settings_of(one: Run) -> Html:
