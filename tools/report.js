@@ -325,7 +325,7 @@ class Chart {
     for (const name of names) head.append(make("th", "", {raw: loss ? "train" : "", mean: "mean", val: "val"}[name]));
     table.append(head);
     for (const row of rows) {
-      const tr = make("tr"), name = make("td"), swatch = make("span", "swatch");
+      const tr = make("tr"), name = make("td"), swatch = make("span", `swatch dash${DASHES.indexOf(row.run.dash)}`);
       swatch.style.background = row.run.color;
       name.append(swatch, runs.length > 1 ? row.run.name : loss ? "" : this.spec.title);
       if (!one) name.append(make("small", "", " " + shownX(row.run.x[state.axis][row.i])));
