@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,  # noqa: E402
                             read_config, read_metrics, shown, smoothed, thinned)
-from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, run  # noqa: E402
 from nanogpt.words import short  # noqa: E402
 
 PANELS = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
@@ -25,8 +25,7 @@ BINS = 1000  # of a long run: more is not to be seen, and makes an SVG slow
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2])
-    parser.formatter_class = Help
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are drawn into one picture")
     parser.add_argument("--x", choices=list(AXES), default="steps", help="what lies along the picture")
     parser.add_argument("--log-x", action="store_true", help="in powers of ten")

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,  # noqa: E402
                             read_config, read_metrics, settings, shown, smoothed, thinned)
-from nanogpt.errors import Help, Parser, UserError, one_line, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, one_line, run  # noqa: E402
 from nanogpt.words import duration, short  # noqa: E402
 
 CELLS = 300_000  # numbers in a page, all curves of all runs together: 2 MB or so, and quick to draw
@@ -46,8 +46,7 @@ MOST = 200  # rows of a table, at most
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2])
-    parser.formatter_class = Help
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, done or under way")
     parser.add_argument("--out", metavar="FILE.html", help="(nothing: report.html in the first RUN)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts from each checkpoint that "
