@@ -18,7 +18,7 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1::-1])  # for nanogpt, and for scaling_laws beside this
 
 from nanogpt.config import load_config  # noqa: E402
 from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
@@ -160,19 +160,14 @@ def plan(config, notes: list[str], args) -> dict:
 
 
 def chinchilla(params: int, tokens: int | None) -> dict:
-    """What Hoffmann et al. (2022) say: 20 tokens a parameter; and their fit L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28.
-
-    Their loss is in nats a token, of their text and tokenizer.
-    """
-    def fit(n, d):
-        return 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
-
-    found = dict(tokens=20 * params, loss=fit(params, 20 * params))
+    """What Hoffmann et al. (2022) say: 20 tokens a parameter; and their law, in nats a token of their text and tokenizer."""
+    from scaling_laws import PUBLISHED
+    law = PUBLISHED["hoffmann"]
+    found = dict(tokens=20 * params, loss=law.loss(params, 20 * params))
     if tokens:
-        # The best of all models for the same compute C = 6 N D, by the same fit.
-        best = (0.34 * 406.4 / (0.28 * 410.7)) ** (1 / 0.62) * (params * tokens) ** (0.28 / 0.62)
-        found |= dict(tokens_a_parameter=tokens / params, loss_of_this_run=fit(params, tokens), best_parameters=best,
-                      loss_of_best=fit(best, params * tokens / best))
+        best = law.best(6 * params * tokens)  # of all models for the same compute
+        found |= dict(tokens_a_parameter=tokens / params, loss_of_this_run=law.loss(params, tokens), best_parameters=best[0],
+                      loss_of_best=law.loss(*best))
     return found
 
 
