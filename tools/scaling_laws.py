@@ -105,7 +105,7 @@ def main():
     args, settings = with_settings(parser)
     if settings and not args.run:
         raise UserError(f"{settings[0]}: settings are for --run")
-    if bool(args.run) != bool(args.sizes and args.budgets):
+    if not (bool(args.run) == bool(args.sizes) == bool(args.budgets)):
         raise UserError("--sizes, --budgets: both belong to --run, as in --run CONFIG --sizes 2x64 4x128 --budgets 1e13 1e14")
     if args.out and (args.law or not args.out.endswith((".png", ".svg", ".pdf"))):
         raise UserError(f"--out: {args.out} " + ("shows runs, and --law has none" if args.law else
