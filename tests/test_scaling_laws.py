@@ -159,7 +159,7 @@ def test_what_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "bad.csv").write_text("N,D,loss\n1,2,3\n1,-2,3\n")
     (tmp_path / "no.csv").write_text("N,tokens\n1,2\n")
     (tmp_path / "empty").mkdir()
-    for argv, said in ((["--read", few], "2 runs: approach 3 has five constants, and needs 6 runs"),
+    for argv, said in ((["--read", few], "approach 3 has five constants, and needs 6 runs or more, better 15; there are 2; and no budget"),
                        (["--read", "bad.csv"], "bad.csv: line 3: N, D and loss are not all numbers above 0"),
                        (["--read", "no.csv"], "no.csv: has no column d, loss; its first line names them"),
                        (["--read", "absent.csv"], r"absent.csv: cannot be read \(No such file"),
@@ -233,7 +233,7 @@ def test_what_a_grid_refuses(base, monkeypatch, capsys, tmp_path):
         call(monkeypatch, capsys, "--run", base[0], *base[1], "--sizes", "1x40", "axb", "1x32", "--budgets", "1e8", "1e11", "1.1e11")
     lines = str(error.value).splitlines()
     for line, said in zip(lines, ("--budgets: 1e+11 and 1.1e+11 are too close", "--sizes: 1x40 has no whole number of heads 16 wide",
-                                  "--sizes: axb is not blocks x width, as 4x128", "--budgets: 1e+08 FLOP are 3 steps of 1x32 (24.")):
+                                  "--sizes: axb is not blocks x width, as 4x128", "--budgets: 1e+08 FLOP are 3 steps of 1x32 (24k")):
         assert line.startswith(said), line
     assert len(lines) == 4 and not (tmp_path / "runs").exists()
     for option, said in (("--run.init_from=hf:x", "run.init_from, eval.only"), ("--model.mlp_dim=9", "model.mlp_dim: leave it out")):
@@ -274,7 +274,7 @@ def test_a_killed_grid_goes_on(base, ranks, monkeypatch, capsys, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "tools" / "scaling_laws.py"), *map(str, argv)], cwd=tmp_path,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     path = tmp_path / "grid" / "1x32-2e10"
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 300
     while not (path / "metrics.jsonl").exists() or '"step": 5,' not in (path / "metrics.jsonl").read_text():
         assert process.poll() is None and time.monotonic() < limit, process.stderr.read()
         time.sleep(0.02)
@@ -283,10 +283,9 @@ def test_a_killed_grid_goes_on(base, ranks, monkeypatch, capsys, tmp_path):
     while "stopped by SIGTERM" not in (log := (path / "log.txt").read_text()):
         assert time.monotonic() < limit, log
         time.sleep(0.02)
-    limit = time.monotonic() + 30
     assert "is not finished" in scaling_laws.of_run(path)
     monkeypatch.setattr(scaling_laws, "launch", lambda argv, path: ranks(1, train_run, argv))
-    with pytest.raises(UserError, match="^1 runs: approach 3"):
+    with pytest.raises(UserError, match="^approach 3 has five constants, and needs 6 runs or more, better 15; there are 1; and"):
         call(monkeypatch, capsys, *argv)
     assert "resuming    " in (path / "log.txt").read_text() and isinstance(scaling_laws.of_run(path), Point)
 

@@ -373,7 +373,7 @@ def study(points: list[Point], budgets: list[float], resamplings: int) -> dict:
     if power:
         powers = resampled_powers(curves, resamplings)
     if law is None and not any(curve["best"] for curve in curves):
-        raise UserError(f"{len(points)} runs: {problem}; and no budget has runs of three sizes or more around a lowest loss")
+        raise UserError(f"{problem}; and no budget has runs of three sizes or more around a lowest loss")
     answers = []
     for flops in budgets:
         rows = []
@@ -562,6 +562,8 @@ def text(f: dict, args) -> list[str]:
         lines += [f"  best size grows as C^{law.beta / (law.alpha + law.beta):.3f} {bracket(share, '.3f')}".rstrip()
                   + f", tokens as C^{law.alpha / (law.alpha + law.beta):.3f}",
                   f"  off by {abs(off[len(off) // 2][0]):.2%} of the loss in the middle, {off[-1][0]:+.2%} at most, of {off[-1][1]}"]
+        if law.E < 0.01 * min(p.loss for p in points) or max(law.alpha, law.beta) > 3.9:
+            lines += ["  these runs do not tell its constants apart; larger sizes and longer runs would"]
         if len(points) < 15:
             lines += [f"  {len(points)} runs are few for five constants"]
     else:
