@@ -262,7 +262,8 @@ class Train(Section):
     micro_batch_size: Positive = Field(12, description="sequences a rank puts through the model at once")
     precision: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
-    compile: bool = Field(True, description="torch.compile, block by block")
+    compile: bool | None = Field(None, description="torch.compile, block by block (default: on a GPU; on a CPU it gains "
+                                 "nothing)")
     freeze_blocks: Few = Field(0, description="the first n blocks and the embeddings (with them a tied head) keep their "
                                "weights: finetuning")
     max_skipped_steps: Few = Field(0, description="steps of the whole run that may be left out because their loss or "
@@ -309,9 +310,17 @@ class Sharding(Section):
         "full", description="full: all sharded; grad: weights kept whole between forward and backward; "
         "hybrid: full within a group of shard_size ranks, replicas across groups; replicate: everything on every rank")
     shard_size: Size | None = Field(None, description="ranks of a hybrid group (default: those of one node)")
+    gradient_sync: Literal["each", "last"] | None = Field(
+        None, description="when gradients of accumulated micro-batches are summed over the ranks: after each; or all after the "
+        "last, with less to send, but 4 bytes a parameter on every rank until then (default: each with full and hybrid, whose "
+        "replicas meet after the last in any case; last with grad and replicate)")
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="recompute activations in backward: full: all of a block; selective: all but its matmuls")
     cpu_offload: bool = Field(False, description="keep weights and optimizer state in host memory")
+
+    @property
+    def syncs_each(self) -> bool:
+        return (self.gradient_sync or ("each" if self.strategy in ("full", "hybrid") else "last")) == "each"
 
 
 class Checkpoint(Section):

@@ -51,6 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_x[rows:rows + chunk] = d_logits @ weight
                 if trained:
                     grad_weight += d_logits.t() @ part
+            log_p = d_logits = None                                                         # and by the next chunk
         if with_grad:
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.weight_dtype = weight.dtype

@@ -65,7 +65,7 @@ def moments(c: Config, name: str, shape) -> int:
 
 def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
     """What autograd keeps of a block: (tensor, bytes a token, in which of MODES, by their first letters)."""
-    m, (H, K, D), compiled = c.model, c.model.heads, c.train.compile
+    m, (H, K, D), compiled = c.model, c.model.heads, cuda if c.train.compile is None else c.train.compile
     e, C, M, T = element(c), m.n_embd, m.mlp_width, m.block_size
     apart = not (cuda or compiled)                                # then nn.RMSNorm keeps its input and result in float32
     rms = 8 if e == 2 else 4
@@ -123,7 +123,7 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
     # Weights: whole in the root, in the block at work, and in the next, which is on its way; or everywhere.
     gathered = e * (others + block * (1 + (shards > 1)) if frees else whole)
     # Gradients of the micro-batches before: sharded, or whole where they are summed late.
-    late = more and not frees
+    late = more and not c.sharding.syncs_each
     summed = 4 * whole if late else state["gradients"] * more
     # On their way in float32: those of a block; at last of the root, in, out, and a copy where all is on every rank.
     replicas = c.sharding.strategy in ("hybrid", "replicate")
@@ -139,8 +139,8 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
     if logits <= CHUNK_LOGITS:
         loss = 12 * logits                                                         # log p, and two gradients of its size
     else:
-        n, before = CHUNK_LOGITS // rows * rows, 6 if e == 2 else 4                # logits of a chunk; bytes it leaves
-        loss = max(8 * n, before * n + 8 * min(n, logits - n)) + 4 * head + e * tokens * C
+        n = CHUNK_LOGITS // rows * rows                                            # logits of a chunk, and their log p
+        loss = 8 * n + 4 * head + e * tokens * C
 
     aside = 0 if cuda or not c.checkpoint.async_save else state["weights"] + state["optimizer"]
     moments = [

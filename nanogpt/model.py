@@ -7,6 +7,7 @@ rotary positions, RMSNorm, SwiGLU, keys and values shared by several heads, an u
 
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -47,13 +48,15 @@ def rotate(x, rope):
 
 def drop(x, p, training=True):
     """F.dropout (Srivastava et al., 2014). On a CPU that draws one number after the other, and takes most of a small model's
-    step; there, 16 random bits decide on each element, four of which come from one draw.
+    step; there, 16 random bits decide on each element, and four of them come from one word of numpy's quickest generator.
     """
     if not (p and training) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
     p = min(round(p * 65536), 65535)  # of 65536
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:x.numel()]
-    return x * (bits.view(x.shape) >= p - 32768).to(x.dtype).div_(1 - p / 65536)
+    words = np.random.SFC64(torch.randint(2**63 - 1, ()).item()).random_raw(-(-x.numel() // 4))
+    bits = torch.from_numpy(words.view(np.int16))[:x.numel()].view(x.shape)
+    kept = torch.ge(bits, p - 32768, out=torch.empty_like(x))  # 0 or 1 at once: to go from bool to bfloat16 is slow
+    return x * kept.mul_(65536 / (65536 - p))
 
 
 def plain_attention(q, k, v, dropout=0.0, mask=None):

@@ -41,6 +41,8 @@ def train(config: Config, device: torch.device) -> dict:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     guard = watch.Watch(config.run)
+    if config.train.compile is None:
+        config.train.compile = device.type == "cuda"
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
     warnings = []
@@ -94,7 +96,6 @@ def train(config: Config, device: torch.device) -> dict:
 
     # ---- steps ------------------------------------------------------------------------------------------------------
     last_step = config.max_steps
-    sums_late = config.sharding.strategy in ("grad", "replicate")  # gradients stay whole until the last micro-batch
     numbers = Numbers(config, state, device)
     batches = stream.batches(first_step, last_step, rank, world_size, device)
     done, saved_step, record, signal_name = first_step, first_step, {}, None
@@ -134,7 +135,10 @@ def train(config: Config, device: torch.device) -> dict:
         count = count.clamp(min=1)  # all of it prompts: nothing to learn
         loss = torch.zeros((), device=device)
         for i, (x, y) in enumerate(tokens):                                      # x, y: (micro_batch_size, block_size)
-            model.set_requires_gradient_sync(not sums_late or i == accumulation - 1)
+            if accumulation > 1:
+                last = i == accumulation - 1
+                model.set_requires_gradient_sync(last or config.sharding.syncs_each)
+                model.set_requires_all_reduce(last)  # of hybrid's replicas
             part = model(x, y, *separate(x)) / count
             part.backward()
             loss += part.detach()

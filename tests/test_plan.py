@@ -153,7 +153,8 @@ def train_steps(config: Config, device: torch.device, measured):
 
     def step():
         for i in range(last + 1):
-            model.set_requires_gradient_sync(config.sharding.strategy in ("full", "hybrid") or i == last)
+            model.set_requires_gradient_sync(i == last or config.sharding.syncs_each)
+            model.set_requires_all_reduce(i == last)
             (model(ids, ids) / ids.numel()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

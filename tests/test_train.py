@@ -115,8 +115,8 @@ LAYOUTS = [  # ranks, ranks of a machine, micro-batch, options
     (2, 2, 1, ["--sharding.strategy=grad", "--sharding.activation_checkpointing=selective"]),
     (2, 1, 2, ["--sharding.strategy=hybrid"]),
     (4, 2, 1, ["--sharding.strategy=hybrid", "--sharding.activation_checkpointing=full"]),
-    (4, 4, 2, []),
-    (4, 4, 1, ["--sharding.strategy=replicate"]),
+    (4, 4, 1, ["--sharding.gradient_sync=last"]),
+    (4, 4, 1, ["--sharding.strategy=replicate", "--sharding.gradient_sync=each"]),
 ]
 
 

@@ -378,7 +378,7 @@ def rungs(config) -> list[tuple[str, dict, set]]:
         switch("loss in chunks", off="chunks")
     switch("data read ahead", off="ahead")
     switch("compiled, block by block", {"train.compile": "true"})
-    as_it_is = {"train.precision": config.train.precision, "train.compile": str(config.train.compile).lower()}
+    as_it_is = {"train.precision": config.train.precision, "train.compile": json.dumps(config.train.compile)}
     if as_it_is != settings:
         found.append(("the config as it stands", as_it_is, set()))
     return found
