@@ -52,6 +52,6 @@ def test_what_the_reference_says():
     for line in ("  # sequences an optimizer step, over all ranks\n  global_batch_size: 480  # integer > 0\n",
                  "  wandb: 'off'  # off | online | offline\n", "  dropout: 0.0  # number >= 0 and < 1\n",
                  "  n_layer: 12  # integer > 0 and <= 1048576\n", "  max_tokens: null  # integer > 0, or null\n",
-                 "  profile: null  # list of 2 x (integer > 0), or null\n", "  compile: true  # boolean\n",
+                 "  profile: null  # list of 2 x (integer > 0), or null\n", "  shuffle: true  # boolean\n",
                  "  #     kind: linear | llama3\n"):
         assert line in text

@@ -76,7 +76,7 @@ def test_what_nobody_set_is_nanogpts(files, monkeypatch, capsys):
     Path("all.yaml").write_text(out)
     c = load_config(["all.yaml"])
     assert (c.model.bias, c.model.n_layer, c.model.n_embd, c.model.block_size, c.model.dropout) == (False, 12, 768, 1024, 0.0)
-    assert (c.train.global_batch_size, c.train.micro_batch_size, c.train.max_steps, c.train.compile) == (480, 12, 600000, True)
+    assert (c.train.global_batch_size, c.train.micro_batch_size, c.train.max_steps, c.train.compile) == (480, 12, 600000, None)
     assert (c.optim.learning_rate, c.optim.min_learning_rate, c.optim.warmup_steps, c.optim.decay_steps, c.optim.weight_decay,
             c.optim.beta1, c.optim.beta2, c.optim.grad_clip, c.optim.name) == (6e-4, 6e-5, 2000, 600000, 0.1, 0.9, 0.95, 1.0,
                                                                               "adamw")
@@ -140,7 +140,7 @@ def test_where_it_starts_and_what_it_runs_on(files, monkeypatch, capsys):
     ("batch_size = 9 ** 9 ** 9", 1, "cannot be worked out"),
     ("batch_size = 4 // 0", 1, "cannot be worked out"),
     ("out_dir = 'a' * 10 ** 9", 1, "cannot be worked out"),
-    ("batch_size = 2.5", 1, "batch_size: 2.5 is not a whole number, as nanoGPT's own 12 is"),
+    ("batch_size = 2.5", 1, "batch_size: 2.5 is not a whole number, as nanoGPT's own 12"),
     ("\nbias = 1", 2, "bias: 1 is not True or False"),
     ("n_layer = -1", 1, "n_layer: -1 is not above 0"),
     ("learning_rate = 1e999", 1, "learning_rate: inf is not above 0"),

@@ -2,7 +2,7 @@
 
     python tools/migrate_nanogpt.py ../nanoGPT/config/train_gpt2.py > configs/mine.yaml
     python tools/migrate_nanogpt.py --out configs/mine.yaml python train.py config/train_shakespeare_char.py --device=cpu
-    python tools/migrate_nanogpt.py --out configs/mine.yaml torchrun --nproc_per_node=8 train.py config/train_gpt2.py --n_layer=24
+    python tools/migrate_nanogpt.py --out configs/mine.yaml torchrun --nproc_per_node=8 train.py config/train_gpt2.py
 
 A config of nanoGPT's is a program. Here it is read, and nothing of it is run: assignments of numbers, texts, True and False,
 of sums and products of these and of names that have a value (5 * 8, batch_size * 2), and str(). Whatever else it holds is
@@ -137,7 +137,7 @@ def read_file(path: Path, values: dict, given: dict, notes: list[str], problems:
                 case _:
                     raise Unreadable(statement)
         except Unreadable as error:
-            problems.append(f"{where}: {shown(error.args[0])} would have to be run, and nothing is; write the value that it has")
+            problems.append(f"{where}: {shown(error.args[0])} would have to be run, and nothing is; write the value it has")
             continue
         except (ArithmeticError, ValueError, RecursionError) as error:
             problems.append(f"{where}: {shown(statement)} cannot be worked out ({error})")
@@ -227,17 +227,20 @@ def translate(t: dict, given: dict, ranks: int, name: str) -> tuple[dict, list[s
         raise UserError(f"gradient_accumulation_steps: nanoGPT divides it by its {ranks} processes, and "
                         f"{t['gradient_accumulation_steps']} cannot be; it would not start either")
     ours = dict(
-        run=dict(), data=dict(path=f"data/{t['dataset'].strip('/')}"), model=shape_of(t, given), optim={} if t["eval_only"] else optim_of(t, notes),
+        run=dict(), data=dict(path=f"data/{t['dataset'].strip('/')}"), model=shape_of(t, given),
+        optim={} if t["eval_only"] else optim_of(t, notes),
         train=dict(max_steps=t["max_iters"], global_batch_size=t["batch_size"] * t["gradient_accumulation_steps"],
-                   micro_batch_size=t["batch_size"], compile=t["compile"]),
+                   micro_batch_size=t["batch_size"]),
         eval=dict(interval=t["eval_interval"], sequences=t["eval_iters"] * t["batch_size"]),
         checkpoint=dict(interval=t["eval_interval"]), log=dict(interval=t["log_interval"]))
     if ranks > 1:
         ours["sharding"] = dict(strategy="replicate")  # as DDP
     if t["eval_only"]:  # nothing is trained, and nothing saved
         ours = {key: ours[key] for key in ("run", "data", "model", "train", "eval", "log")}
-        ours["train"] = {key: ours["train"][key] for key in ("micro_batch_size", "compile")}
+        ours["train"] = dict(micro_batch_size=t["batch_size"])
         ours["eval"] = dict(only=True, sequences=ours["eval"]["sequences"])
+    if "compile" in given:  # else where it gains something
+        ours["train"]["compile"] = t["compile"]
 
     # Where it is, and what it is called.
     if "wandb_run_name" in given and (called := re.sub(r"[^\w.-]+", "-", t["wandb_run_name"]).strip("-.")):
@@ -254,9 +257,9 @@ def translate(t: dict, given: dict, ranks: int, name: str) -> tuple[dict, list[s
     # Where it starts from.
     if t["init_from"] == "resume":
         ours["run"]["init_from"] = f"runs/{name}_nanogpt"
-        notes.append(f"init_from='resume': the same command resumes here by itself, but its own checkpoints: of nanoGPT's take the "
-                     f"weights, by python tools/convert_nanogpt.py --checkpoint {shlex.quote(t['out_dir'] + '/ckpt.pt')} --out "
-                     f"runs/{name}_nanogpt; moments of AdamW and the step do not come with them, so steps count from 0")
+        notes.append("init_from='resume': the same command resumes here by itself, but its own checkpoints: of nanoGPT's take "
+                     f"the weights, by python tools/convert_nanogpt.py --checkpoint {shlex.quote(t['out_dir'] + '/ckpt.pt')} "
+                     f"--out runs/{name}_nanogpt; moments of AdamW and the step do not come with them, so steps count from 0")
     elif t["init_from"].startswith("gpt2"):
         ours["run"]["init_from"] = f"hf:{t['init_from']}"
     elif t["init_from"] != "scratch":
@@ -270,7 +273,8 @@ def translate(t: dict, given: dict, ranks: int, name: str) -> tuple[dict, list[s
     if device[0] == "mps":
         notes.append("device='mps': FSDP has no Apple GPUs; it is the CPU here")
     if device[2] not in ("", "0"):
-        notes.append(f"device={t['device']!r}: which GPUs there are, CUDA_VISIBLE_DEVICES={device[2]} tells, before the command")
+        notes.append(f"device={t['device']!r}: which GPUs there are, CUDA_VISIBLE_DEVICES={device[2]} tells, before the "
+                     "command")
     if device[0] != "cuda" or "device" in given:
         ours["run"]["device"] = "cuda" if device[0] == "cuda" else "cpu"
     ours["train"]["precision"] = "float32" if device[0] == "cpu" or t["dtype"] == "float32" else "bfloat16"
@@ -321,8 +325,8 @@ def optim_of(t: dict, notes: list[str]) -> dict:
                      "the line ends where nanoGPT's does")
         return rest | dict(learning_rate=peak * steps / (warmup + 1), schedule="constant", warmup_steps=steps - 1)
     if decay <= warmup:
-        raise UserError(f"lr_decay_iters: {decay} is not above warmup_iters {warmup}: nanoGPT falls from its peak to min_lr in one "
-                        "step; set either")
+        raise UserError(f"lr_decay_iters: {decay} is not above warmup_iters {warmup}: nanoGPT falls from its peak to min_lr in "
+                        "one step; set either")
     if t["min_lr"] > peak:
         raise UserError(f"min_lr: {t['min_lr']:g} is above learning_rate {peak:g}: nanoGPT's schedule would rise; set either")
     return rest | dict(learning_rate=peak, min_learning_rate=t["min_lr"], warmup_steps=warmup, decay_steps=decay)
@@ -334,8 +338,8 @@ def yaml_text(ours: dict, command: list[str]) -> str:
     """One section a line, as the files of configs/."""
     import yaml
     lines = [f"# From nanoGPT's {' '.join(map(shlex.quote, command))[:1000]}"]
-    lines += [yaml.safe_dump({section: values}, default_flow_style=None, sort_keys=False, width=10**6, allow_unicode=True).strip()
-              for section, values in ours.items()]
+    lines += [yaml.safe_dump({section: values}, default_flow_style=None, sort_keys=False, width=10**6,
+                             allow_unicode=True).strip() for section, values in ours.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -358,7 +362,8 @@ def commands(t: dict, command: list[str], ranks: int, out: Path) -> list[str]:
     launcher = command[:script_at(command)] if ranks > 1 else ["bash"]
     start = " ".join(map(shlex.quote, [*launcher, "launch/train.sh"]))
     more = "; or from its source: python tools/convert_owt_to_mds.py --out " + folder if t["dataset"] == "openwebtext" else ""
-    return [f"data:  python tools/convert_nanogpt.py --data NANOGPT/{folder} --block-size {t['block_size']} --out {folder}{more}",
+    block = t["block_size"]
+    return [f"data:  python tools/convert_nanogpt.py --data NANOGPT/{folder} --block-size {block} --out {folder}{more}",
             f"start: {start} {shlex.quote(os.fspath(out))}"]
 
 

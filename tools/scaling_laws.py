@@ -119,7 +119,8 @@ def main():
         law = PUBLISHED[args.law]
         found = dict(law=law, budgets=[dict(flops=c, answers=[answer("as published", *law.best(c), law.loss(*law.best(c)))])
                                        for c in budgets])
-        print(json.dumps(found | dict(law=law._asdict()), indent=1) if args.json else "\n".join(published(args.law, law, found, args)))
+        said = published(args.law, law, found, args)
+        print(json.dumps(found | dict(law=law._asdict()), indent=1) if args.json else "\n".join(said))
         return
     if args.run:
         train_grid([args.run, *settings], args.sizes, args.budgets, Path(args.folder))
@@ -181,8 +182,8 @@ def grid(argv: list[str], sizes: list[str], budgets: list[float], folder: Path) 
         layers, width = map(int, size.split("x"))
         shape = dict(n_layer=layers, n_embd=width, n_head=width // D)
         if width % D:
-            problems.append(f"--sizes: {size} has no whole number of heads {D} wide, as the config's are; take a width that is a "
-                            f"multiple of {D}, or another model.n_head")
+            problems.append(f"--sizes: {size} has no whole number of heads {D} wide, as the config's are; take a multiple of {D}, "
+                            "or another model.n_head")
             continue
         if K < H:
             shape["n_kv_head"] = max(1, width // D * K // H)
@@ -219,7 +220,7 @@ def parameters(model) -> int:
 
 
 def otherwise(path: Path, config) -> str | None:
-    """A setting with which the run in a folder was started, and which this config has not, as `optim.beta1 0.9, and has 0.8`."""
+    """A setting with which the run in a folder was started, and which is another in this config; None: all are the same."""
     import yaml
     try:
         was = yaml.safe_load((path / "config.yaml").read_text())
@@ -238,9 +239,10 @@ def repetition(config, most: int) -> list[str]:
     """What to say where runs see their data again and again."""
     from nanogpt.shards import load_dataset_card
     with contextlib.suppress(UserError, OSError):
-        tokens = sum(load_dataset_card(s.path)["splits"][s.split]["tokens"] for s in config.data.sources if "://" not in s.path)
+        cards = [(load_dataset_card(s.path), s.split) for s in config.data.sources if "://" not in s.path]
+        tokens = sum(card["splits"][split]["tokens"] for card, split in cards)
         if tokens and most > 4 * tokens:
-            return [f"the longest run goes {most / tokens:.1f} times through its data; beyond 4 or so the same tokens again are "
+            return [f"the longest run goes {most / tokens:.1f} times through its data; beyond 4 or so the same tokens are "
                     "worth less than new ones (Muennighoff et al., 2023), and these laws are of new ones"]
     return []
 
@@ -252,7 +254,7 @@ def launch(argv: list[str], path: Path):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it saves, and ends
 
     process = subprocess.Popen(["bash", str(ROOT / "launch" / "train.sh"), *argv], preexec_fn=end_with_us,
-                               env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"})
+                               env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"})
     before = {number: signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM)) for number in ENDS}
     try:
         status = process.wait()
@@ -265,7 +267,8 @@ def launch(argv: list[str], path: Path):
     if status in (Stopped.STATUS, -signal.SIGTERM):
         raise Stopped
     if status:
-        raise UserError(f"{path}: the run ended with status {status}, as told above; once that is mended, the same command goes on")
+        raise UserError(f"{path}: the run ended with status {status}, as told above; once that is mended, the same command goes "
+                        "on")
 
 
 ENDS = (signal.SIGTERM, signal.SIGUSR1)
@@ -401,15 +404,16 @@ def around(values) -> tuple[float, float] | None:
 
 def cannot_fit(points: list[Point]) -> str | None:
     """Why five constants do not follow from these runs."""
-    sizes, tokens = ({round(math.log(value), 2) for value in values} for values in ([p.n for p in points], [p.d for p in points]))
+    sizes, tokens = ({round(math.log(getattr(p, key)), 2) for p in points} for key in ("n", "d"))
     if len(points) < 6:
         return f"approach 3 has five constants, and needs 6 runs or more, better 15; there are {len(points)}"
     if len(sizes) < 3 or len(tokens) < 3:
-        return (f"approach 3 needs three sizes and three numbers of tokens or more, to tell E from the rest; there are {len(sizes)} "
-                f"and {len(tokens)}")
+        return ("approach 3 needs three sizes and three numbers of tokens or more, to tell E from the rest; there are "
+                f"{len(sizes)} and {len(tokens)}")
     import numpy as np
     if abs(np.corrcoef(np.log([p.n for p in points]), np.log([p.d for p in points]))[0, 1]) > 0.995:
-        return "approach 3 needs sizes and tokens that vary on their own; here one follows from the other, as with a single budget"
+        return ("approach 3 needs sizes and tokens that vary on their own; here one follows from the other, as with a single "
+                "budget")
     return None
 
 
@@ -533,7 +537,8 @@ def resampled_powers(curves: list[dict], times: int) -> list[tuple[float, float]
     free, runs = sum(len(c["runs"]) - 3 for c in usable), sum(len(c["runs"]) for c in usable)
     if not free:
         return []
-    residuals, draw, found = np.concatenate([c["residuals"] for c in usable]) * math.sqrt(runs / free), np.random.default_rng(0), []
+    residuals, draw, found = np.concatenate([c["residuals"] for c in usable]), np.random.default_rng(0), []
+    residuals *= math.sqrt(runs / free)
     for _ in range(times):
         again = []
         for c in usable:
@@ -551,8 +556,8 @@ def text(f: dict, args) -> list[str]:
     """The tables."""
     points, law, laws = f["points"], f["law"], f["laws"]
     ns, ds, cs = ([getattr(p, key) for p in points] for key in ("n", "d", "flops"))
-    lines = [f"{len(points)} runs of {len(set(ns))} sizes: {short(min(ns))} to {short(max(ns))} parameters, {short(min(ds))} to "
-             f"{short(max(ds))} tokens, {min(cs):.2g} to {max(cs):.2g} FLOP, losses of {max(p.loss for p in points):.3f} to "
+    lines = [f"{len(points)} runs of {len(set(ns))} sizes: {short(min(ns))} to {short(max(ns))} parameters, {short(min(ds))} "
+             f"to {short(max(ds))} tokens, {min(cs):.2g} to {max(cs):.2g} FLOP, losses of {max(p.loss for p in points):.3f} to "
              f"{min(p.loss for p in points):.3f}", "", "approach 3: L(N, D) = E + A / N^alpha + B / D^beta"]
     if law:
         for name, value in law._asdict().items():
@@ -561,7 +566,8 @@ def text(f: dict, args) -> list[str]:
         off = sorted(((p.loss / law.loss(p.n, p.d) - 1, p.name) for p in points), key=lambda one: abs(one[0]))
         lines += [f"  best size grows as C^{law.beta / (law.alpha + law.beta):.3f} {bracket(share, '.3f')}".rstrip()
                   + f", tokens as C^{law.alpha / (law.alpha + law.beta):.3f}",
-                  f"  off by {abs(off[len(off) // 2][0]):.2%} of the loss in the middle, {off[-1][0]:+.2%} at most, of {off[-1][1]}"]
+                  f"  off by {abs(off[len(off) // 2][0]):.2%} of the loss in the middle, {off[-1][0]:+.2%} at most, of "
+                  f"{off[-1][1]}"]
         if law.E < 0.01 * min(p.loss for p in points) or max(law.alpha, law.beta) > 3.9:
             lines += ["  these runs do not tell its constants apart; larger sizes and longer runs would"]
         if len(points) < 15:
@@ -585,8 +591,8 @@ def text(f: dict, args) -> list[str]:
 
 
 def published(name: str, law: Law, f: dict, args) -> list[str]:
-    who = dict(hoffmann="Hoffmann et al. (2022), of their text and tokenizer, as rounded in print: unrounded, they say, 5.76e23 FLOP "
-               "are best spent on 40B", besiroglu="Besiroglu et al. (2024), who fitted the runs of Hoffmann et al. again")[name]
+    who = dict(hoffmann="Hoffmann et al. (2022), of their text and tokenizer, as rounded in print: unrounded, they say, 5.76e23 "
+               "FLOP are best spent on 40B", besiroglu="Besiroglu et al. (2024), who fitted Hoffmann's runs again")[name]
     return [f"{who}:", "  L(N, D) = " + f"{law.E} + {law.A} / N^{law.alpha} + {law.B} / D^{law.beta}",
             *budget_lines(f["budgets"], args)]
 
@@ -595,12 +601,13 @@ def budget_lines(budgets: list[dict], args) -> list[str]:
     lines = []
     for one in budgets:
         mine = args.gpu_hours and one is budgets[-1]
-        lines += ["", f"{one['flops']:.3g} FLOP" + (f", {args.gpu_hours:g} hours of one {args.gpu} at {args.mfu:.0%} of its peak (assumed, "
-                                                    "not measured)" if mine else "") + ":"]
+        hours = f", {args.gpu_hours or 0:g} hours of one {args.gpu} at {args.mfu:.0%} of its peak (assumed, not measured)"
+        lines += ["", f"{one['flops']:.3g} FLOP{hours if mine else ''}:"]
         for a in one["answers"]:
             loss = f", loss {a['loss']:.4f} {bracket(a['loss_range'], '.4f')}".rstrip() if a["loss"] else ""
-            lines += [f"  {a['how']}: {short(a['n'])} parameters {bracket(a['n_range'], short)}".rstrip() + f", {short(a['d'])} tokens "
-                      f"{bracket(a['d_range'], short)}".rstrip() + f", {a['d'] / a['n']:.1f} tokens a parameter{loss}"]
+            size = f"{short(a['n'])} parameters {bracket(a['n_range'], short)}".rstrip()
+            tokens = f"{short(a['d'])} tokens {bracket(a['d_range'], short)}".rstrip()
+            lines += [f"  {a['how']}: {size}, {tokens}, {a['d'] / a['n']:.1f} tokens a parameter{loss}"]
         if not one["answers"]:
             lines += ["  no answer: neither fit could be made"]
         if one.get("beyond", 0) > 10:
@@ -634,7 +641,8 @@ def draw(f: dict, out: Path):
     colors = plt.cm.viridis(np.linspace(0, 0.9, max(1, len(curves))))
     for c, color in zip(curves, colors):
         x = np.linspace(math.log(c["runs"][0].n), math.log(c["runs"][-1].n), 100)
-        left.plot([p.n for p in c["runs"]], [p.loss for p in c["runs"]], "o", color=color, markersize=4, label=f"{c['flops']:.2g} FLOP")
+        left.plot([p.n for p in c["runs"]], [p.loss for p in c["runs"]], "o", color=color, markersize=4,
+                  label=f"{c['flops']:.2g} FLOP")
         left.plot(np.exp(x), value_at(c["coefficients"], x), color=color, linewidth=1.2)
         if law:
             left.plot(np.exp(x), law.loss(np.exp(x), c["flops"] / 6 / np.exp(x)), color=color, linewidth=1, linestyle=":")
@@ -646,7 +654,8 @@ def draw(f: dict, out: Path):
              title="approach 2: parabolas (dotted: approach 3)" if curves else "runs")
     left.legend(frameon=False, fontsize=8)
 
-    cs = np.geomspace(min(p.flops for p in points) / 2, max([p.flops for p in points] + [b["flops"] for b in f["budgets"]]) * 2, 60)
+    budgets = [p.flops for p in points] + [b["flops"] for b in f["budgets"]]
+    cs = np.geomspace(min(budgets) / 2, max(budgets) * 2, 60)
     lines = [("approach 3", law and law.best, [one.best for one in f["laws"]], "tab:blue"),
              ("approach 2", f["power"] and by_power(*f["power"]), [by_power(*one) for one in f["powers"]], "crimson")]
     for (how, best, others, color), width in zip(lines, (3, 1.2)):
@@ -658,7 +667,8 @@ def draw(f: dict, out: Path):
                     middle.fill_between(cs, low, high, color=color, alpha=0.12, linewidth=0)
     found = [c for c in curves if c["best"]]
     for key, marker in (("n", "*"), ("d", "P")):
-        middle.plot([c["flops"] for c in found], [c["best"][key] for c in found], marker, color="crimson", markersize=7, linestyle="")
+        middle.plot([c["flops"] for c in found], [c["best"][key] for c in found], marker, color="crimson", markersize=7,
+                    linestyle="")
     for b in f["budgets"]:
         middle.axvline(b["flops"], color="grey", linewidth=0.8, linestyle=":")
     middle.set(xscale="log", yscale="log", xlabel="FLOP (6 N D)", title="best parameters and tokens (bands: 80 %)")

@@ -83,7 +83,8 @@ def sizing(config) -> dict:
         if len(shape) == 2 and ".wte." not in name and ".wpe." not in name:
             of |= dict(forward=2 * n * there, backward=4 * n * trained)  # gradients of its input and of itself
     for name in ("attn.scores", "attn.values"):
-        names[name] = dict.fromkeys(KEYS, 0) | dict(count=layers, forward=matmul * layers, backward=2 * matmul * trained_layers)
+        names[name] = dict.fromkeys(KEYS, 0) | dict(
+            count=layers, forward=matmul * layers, backward=2 * matmul * trained_layers)
     if m.tied:  # the embedding once more, as a head
         head = 2 * model.lm_head.weight.numel()
         names["lm_head"] = dict.fromkeys(KEYS, 0) | dict(count=1, forward=head, backward=head * (1 if t.freeze_blocks else 2))
@@ -158,9 +159,11 @@ def table(f: dict, args) -> str:
 
     lines += ["", f"{'A token, forward and backward':<46}{'FLOP':>16}{'against exact':>15}"]
     lines += [f"{name:<46}{n:>16,}{n / a_token - 1:>+15.2%}" for name, n in (
-        ("exact, of matmuls", a_token), ("6 N, of all parameters", f["six_n"]), ("6 N + 12 L H Q T without lookups, as for MFU", f["palm"]))]
+        ("exact, of matmuls", a_token), ("6 N, of all parameters", f["six_n"]),
+        ("6 N + 12 L H Q T without lookups, as for MFU", f["palm"]))]
 
-    lines += ["", f"Kept for backward on a GPU, recomputing {f['mode']}: bytes a token of a block, and MiB of a micro-batch in all"]
+    lines += ["", f"Kept for backward on a GPU, recomputing {f['mode']}: bytes a token of a block, and MiB of a micro-batch "
+              "in all"]
     for name, n in [*f["activations"], (f"{f['layers']} blocks", sum(n for _, n in f["activations"]))]:
         lines += [f"  {name:<44}{n:>16,.0f}{n * f['layers'] * f['micro_tokens'] / 2**20:>15,.2f}"]
     lines += [f"  {'with embedding, last norm and ids':<44}{'':>16}{f['activation_bytes'] / 2**20:>15,.2f}"]
@@ -181,8 +184,8 @@ def draw(f: dict, out: Path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    parts, kinds = f["components"], {
-        "parameters": ("parameters",), "FLOPs": ("forward", "backward"), "bytes that last": ("weights", "gradients", "optimizer")}
+    parts, kinds = f["components"], {"parameters": ("parameters",), "FLOPs": ("forward", "backward"),
+                                     "bytes that last": ("weights", "gradients", "optimizer")}
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     shown = [name for name, of in parts.items() if of["parameters"] > f["parameters"] / 100 or of["forward"]]
     lefts, colors = [0.0] * len(kinds), plt.cm.tab20.colors
