@@ -187,20 +187,20 @@ def base(text_dataset, tmp_path_factory):
 
 def test_a_grid_is_trained_and_read(base, ranks, monkeypatch, capsys, tmp_path):
     """Each run in a rank that is there already, in the place of a process of its own."""
-    monkeypatch.chdir(tmp_path)
-    trained = []
+    folder, trained = tmp_path / "grid", []
+
     def launch(argv, path):
         trained.append(path.name)
         ranks(1, train_run, argv)
     monkeypatch.setattr(scaling_laws, "launch", launch)
     argv = ["--run", base[0], "--sizes", "1x32", "1x48", "2x48", "--budgets", "2.5e9", "6e9", "--resamplings", 0, "--json",
-            "--budget", "1e12", *base[1]]
+            "--budget", "1e12", "--folder", folder, *base[1]]
     said = call(monkeypatch, capsys, *argv)
     names = [f"{size}-{budget}" for size in ("1x32", "1x48", "2x48") for budget in ("2.5e9", "6e9")]
     assert trained == names
     found = json.loads(said[said.index("{"):])
     points = {p["name"]: p for p in found["points"]}
-    assert set(points) == set(names) and (Path("runs") / "scaling" / "scaling_laws.png").exists()
+    assert set(points) == set(names) and (folder / "scaling_laws.png").exists()
     for name, p in points.items():
         size, budget = name.split("-")
         layers, width = map(int, size.split("x"))
@@ -208,22 +208,22 @@ def test_a_grid_is_trained_and_read(base, ranks, monkeypatch, capsys, tmp_path):
         assert p["n"] == rows * width + 32 * width + layers * (12 * width**2 + 13 * width) + 2 * width
         steps = round(float(budget) / 6 / p["n"] / 32 / 8)
         assert abs(p["d"] / (8 * 32) - steps) <= 1 and 6 * p["n"] * p["d"] == pytest.approx(float(budget), rel=0.05)
-        config = yaml.safe_load((Path("runs/scaling") / name / "config.yaml").read_text())
+        config = yaml.safe_load((folder / name / "config.yaml").read_text())
         assert config["model"]["n_head"] == width // 16 and config["optim"]["decay_steps"] is None
         steps = config["train"]["max_steps"]
         assert config["optim"]["warmup_steps"] == min(10, steps // 10)
-        records = [json.loads(line) for line in (Path("runs/scaling") / name / "metrics.jsonl").read_text().splitlines()]
+        records = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         assert records[-1]["step"] == steps and p["loss"] == records[-1]["val_loss"] and p["d"] == records[-1]["tokens"]
 
     # The same again: nothing is trained. With a run whose end is missing: it does not count.
     assert call(monkeypatch, capsys, *argv).count(": there already") == 6 and len(trained) == 6
-    metrics = Path("runs/scaling/1x32-6e9/metrics.jsonl")
+    metrics = folder / "1x32-6e9" / "metrics.jsonl"
     metrics.write_text("".join(line + "\n" for line in metrics.read_text().splitlines()[:-1]) + '{"step": 9')
-    assert {p.name for p in scaling_laws.read([Path("runs/scaling")])} == set(names) - {"1x32-6e9"}
-    assert "warning: runs/scaling/1x32-6e9: left out: it is not finished, step " in capsys.readouterr().err
+    assert {p.name for p in scaling_laws.read([folder])} == set(names) - {"1x32-6e9"}
+    assert f"warning: {folder}/1x32-6e9: left out: it is not finished, step " in capsys.readouterr().err
     with pytest.raises(UserError) as error:
         call(monkeypatch, capsys, *argv, "--optim.beta1=0.8", "--sizes", "1x32")
-    assert str(error.value) == "\n".join(f"runs/scaling/1x32-{budget}: was started with optim.beta1 0.9, and it is 0.8 now; take "
+    assert str(error.value) == "\n".join(f"{folder}/1x32-{budget}: was started with optim.beta1 0.9, and it is 0.8 now; take "
                                          "another --folder" for budget in ("2.5e9", "6e9"))
 
 

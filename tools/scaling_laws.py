@@ -190,7 +190,7 @@ def grid(argv: list[str], sizes: list[str], budgets: list[float], folder: Path) 
         n = parameters(base.model.model_copy(update=shape))
         for flops in budgets:
             steps = base.train.steps(max(1, round(flops / 6 / n / block)))
-            path = folder / f"{size}-{flops:.4g}".replace("e+", "e")
+            path = folder / re.sub(r"e\+0*", "e", f"{size}-{flops:.4g}")
             if steps < FEWEST_STEPS:
                 problems.append(f"--budgets: {flops:g} FLOP are {steps} steps of {size} ({short(n)} parameters, "
                                 f"{base.tokens_per_step:,} tokens a step), and {FEWEST_STEPS} are the least; take a larger "
