@@ -118,6 +118,16 @@ def test_runs_from_which_nothing_follows(points, said):
     assert said in scaling_laws.cannot_fit(points)
 
 
+def test_losses_that_do_not_depend_on_size():
+    """A law is fitted, and tells no best size: that is said, where it would be 0 or without end."""
+    flat = [p._replace(loss=1.8 + 2000 * p.d**-0.38) for p in synthetic()]
+    study = scaling_laws.study(flat, [1e20], 20)
+    assert study["law"] is None and study["problem"].startswith("approach 3 finds no power law of size in the losses of these runs")
+    flat = [p._replace(loss=1.8 + 500 * p.n**-0.35) for p in synthetic()]
+    assert "no power law of tokens" in scaling_laws.study(flat, [1e20], 20)["problem"]
+    assert scaling_laws.says_nothing(TRUTH, synthetic()) is None
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def write_csv(path: Path, points) -> Path:
@@ -159,7 +169,7 @@ def test_what_is_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "bad.csv").write_text("N,D,loss\n1,2,3\n1,-2,3\n")
     (tmp_path / "no.csv").write_text("N,tokens\n1,2\n")
     (tmp_path / "empty").mkdir()
-    for argv, said in ((["--read", few], "approach 3 has five constants, and needs 6 runs or more, better 15; there are 2; and no budget"),
+    for argv, said in ((["--read", few], "approach 3 has five constants, and needs 6 runs or more, better 15; there are 2; and approach 2 needs"),
                        (["--read", "bad.csv"], "bad.csv: line 3: N, D and loss are not all numbers above 0"),
                        (["--read", "no.csv"], "no.csv: has no column d, loss; its first line names them"),
                        (["--read", "absent.csv"], r"absent.csv: cannot be read \(No such file"),
@@ -285,7 +295,7 @@ def test_a_killed_grid_goes_on(base, ranks, monkeypatch, capsys, tmp_path):
         time.sleep(0.02)
     assert "is not finished" in scaling_laws.of_run(path)
     monkeypatch.setattr(scaling_laws, "launch", lambda argv, path: ranks(1, train_run, argv))
-    with pytest.raises(UserError, match="^approach 3 has five constants, and needs 6 runs or more, better 15; there are 1; and"):
+    with pytest.raises(UserError, match="^approach 3 has five constants, and needs 6 runs or more, better 15; there are 1; and approach 2"):
         call(monkeypatch, capsys, *argv)
     assert "resuming    " in (path / "log.txt").read_text() and isinstance(scaling_laws.of_run(path), Point)
 

@@ -364,19 +364,21 @@ def of_csv(path: Path) -> list[Point]:
 # ---- fitting --------------------------------------------------------------------------------------------------------
 
 def study(points: list[Point], budgets: list[float], resamplings: int) -> dict:
-    """Both fits, their uncertainty, and the answers for each budget. Raises UserError where the runs allow neither fit."""
+    """Both fits, their uncertainty, and the answers for each budget. Raises UserError where there are too few runs for either."""
     if not points:
         raise UserError("there is no finished run to read")
-    problem, law, laws = cannot_fit(points), None, []
+    curves, problem, law, laws = iso_curves(points), cannot_fit(points), None, []
+    if problem and not curves:
+        raise UserError(f"{problem}; and approach 2 needs three sizes or more of one budget")
     if not problem:
         law, theta = fit(points)
-        laws = resampled_laws(points, theta, resamplings)
-    curves = iso_curves(points)
+        if problem := says_nothing(law, points):
+            law = None
+        else:
+            laws = resampled_laws(points, theta, resamplings)
     power, powers = power_law(curves), []
     if power:
         powers = resampled_powers(curves, resamplings)
-    if law is None and not any(curve["best"] for curve in curves):
-        raise UserError(f"{problem}; and no budget has runs of three sizes or more around a lowest loss")
     answers = []
     for flops in budgets:
         rows = []
@@ -387,7 +389,8 @@ def study(points: list[Point], budgets: list[float], resamplings: int) -> dict:
             n = power[0] * flops**power[1]
             rows.append(answer("approach 2", n, flops / 6 / n, None, [k * flops**a for k, a in powers], flops))
         answers.append(dict(flops=flops, beyond=flops / max(p.flops for p in points), answers=rows))
-    return dict(points=points, law=law, laws=laws, problem=problem, curves=curves, power=power, powers=powers, budgets=answers)
+    return dict(points=points, law=law, laws=laws, problem=problem, curves=curves, power=power, powers=powers,
+                budgets=answers, resamplings=resamplings)
 
 
 def answer(how: str, n: float, d: float, loss: float | None, sizes=(), flops=None, losses=()) -> dict:
@@ -414,6 +417,17 @@ def cannot_fit(points: list[Point]) -> str | None:
     if abs(np.corrcoef(np.log([p.n for p in points]), np.log([p.d for p in points]))[0, 1]) > 0.995:
         return ("approach 3 needs sizes and tokens that vary on their own; here one follows from the other, as with a single "
                 "budget")
+    return None
+
+
+def says_nothing(law: Law, points: list[Point]) -> str | None:
+    """Why a law, though fitted, tells no best size: one of its terms is the same for all runs, or falls like a step."""
+    ns, ds = ([getattr(p, key) for p in points] for key in ("n", "d"))
+    for what, factor, exponent, of in (("size", law.A, law.alpha, ns), ("tokens", law.B, law.beta, ds)):
+        fall = factor * (min(of)**-exponent - max(of)**-exponent)
+        if fall < 1e-3 * min(p.loss for p in points) or exponent > 3.9:
+            return (f"approach 3 finds no power law of {what} in the losses of these runs; larger sizes, longer runs, or a learning "
+                    "rate that suits all sizes may show one")
     return None
 
 
@@ -465,8 +479,8 @@ def resampled_laws(points: list[Point], theta, times: int) -> list[Law]:
     draw, laws = np.random.default_rng(0), []
     for _ in range(times):
         some = [points[i] for i in draw.integers(len(points), size=len(points))]
-        if not cannot_fit(some):
-            laws.append(fit(some, [theta])[0])
+        if not cannot_fit(some) and not says_nothing(law := fit(some, [theta])[0], some):
+            laws.append(law)
     return laws
 
 
@@ -568,8 +582,10 @@ def text(f: dict, args) -> list[str]:
                   + f", tokens as C^{law.alpha / (law.alpha + law.beta):.3f}",
                   f"  off by {abs(off[len(off) // 2][0]):.2%} of the loss in the middle, {off[-1][0]:+.2%} at most, of "
                   f"{off[-1][1]}"]
-        if law.E < 0.01 * min(p.loss for p in points) or max(law.alpha, law.beta) > 3.9:
-            lines += ["  these runs do not tell its constants apart; larger sizes and longer runs would"]
+        if law.E < 0.01 * min(p.loss for p in points):
+            lines += ["  these runs do not tell E from the rest; larger sizes and longer runs would"]
+        if len(laws) < 0.9 * f["resamplings"]:
+            lines += [f"  {f['resamplings'] - len(laws)} of {f['resamplings']} resamplings gave no law: the brackets are too narrow"]
         if len(points) < 15:
             lines += [f"  {len(points)} runs are few for five constants"]
     else:
