@@ -101,6 +101,7 @@ else
     while running && (($(logged) < lines + 2)); do sleep 0.1; done  # some steps that will be lost, and done again
     if running; then
         kill_child
+        [ ! -t 1 ] || [ "${TERM:-dumb}" = dumb ] || printf '\r\033[J'  # its last line, which was alive
         echo "killed with SIGKILL, which nothing can prepare for; its checkpoints: $(ls -d "$run"/checkpoints/step-*)"
     else
         finish || die "training failed; see above"

@@ -65,8 +65,10 @@ def main():
         start_torchrun(["--standalone", "--nproc_per_node", str(gpus), __file__, *argv])
         return
     config = load_config(argv, ranks, local_ranks)
-    from nanogpt.train import start
-    start(config)
+    from nanogpt.console import calm
+    with calm(int(os.environ.get("RANK", 0))):
+        from nanogpt.train import start
+        start(config)
 
 
 def torchrun_options(argv: list[str]) -> tuple[list[str], list[str]]:

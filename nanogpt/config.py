@@ -7,6 +7,7 @@ command line come last. All problems are found together, before a process group,
 """
 
 import collections
+import copy
 import difflib
 import os
 import re
@@ -337,7 +338,11 @@ class Log(Section):
     """What is told, and to whom. metrics.jsonl and log.txt in the run folder are always written."""
     interval: Size = Field(10, description="steps between log lines; only then does the host wait for the device")
     wandb: Literal["off", "online", "offline"] = Field("off", description="Weights & Biases; the key comes from its login")
-    wandb_project: str = "nanogpt"
+    wandb_project: str = Field("nanogpt", description="where its runs are put")
+    tensorboard: bool = Field(False, description="event files in RUN/tensorboard, for tensorboard --logdir runs")
+    health: Literal["basic", "full"] = Field(
+        "basic", description="basic: gradient norm, share of clipped steps, spikes of the loss; full: also, at steps that are "
+        "multiples of interval, of each block: norms of weights and update, activations, largest attention logit, dead units")
     profile: Annotated[list[Positive], Field(min_length=2, max_length=2), AfterValidator(_span)] | None = Field(
         None, description="[100, 103]: of these steps a trace, and on CUDA a memory snapshot, is written to RUN/profile")
 
@@ -353,11 +358,17 @@ class Config(Section):
     sharding: Sharding = Field(default_factory=Sharding)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     log: Log = Field(default_factory=Log)
+    _overridden: dict[str, tuple] = PrivateAttr({})
     _before: tuple[int, int] = PrivateAttr((0, 0))  # steps and tokens until the data last changed: train.py knows
 
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir or f"runs/{self.run.name}")
+
+    @property
+    def overridden(self) -> dict[str, tuple]:
+        """{section.key: (value of the config file or by default, value now)} of what the command line has changed."""
+        return self._overridden
 
     @property
     def tokens_per_step(self) -> int:
@@ -403,6 +414,7 @@ def _load(argv: list[str], world_size: int, local_world_size: int) -> Config:
         found = f"found {', '.join(files)}" if files else "found none; configs/ has some"
         raise UserError(f"one config file is needed, as in: configs/quickstart.yaml --train.max_steps 100 ({found})")
     values, origin = _read_yaml(Path(files[0]))
+    stated = copy.deepcopy(values)
     problems = _apply_options(argv, values, origin)
     values.setdefault("run", {})
     if isinstance(values["run"], dict):
@@ -427,7 +439,23 @@ def _load(argv: list[str], world_size: int, local_world_size: int) -> Config:
             problems.append(f"{_where(keys[0], origin)}: {message}")
     if problems:
         raise UserError("\n".join(problems))
+    config._overridden = _overridden(config, stated, [key for key, place in origin.items() if place.startswith("--")])
     return config
+
+
+def _overridden(config: Config, stated: dict, options: list[str]) -> dict[str, tuple]:
+    """Of the settings that were options: {key: (as stated in the file, or by default; now)} where these differ."""
+    try:
+        before = Config.model_validate(stated).model_dump()
+    except ValidationError:  # an option has mended it
+        before = {}
+    now, found = config.model_dump(), {}
+    for key in options:
+        section, name = key.split(".")
+        was = before[section][name] if before else stated.get(section, {}).get(name)
+        if was != now[section][name] and key not in ("run.name", "run.dir"):  # these are shown anyway
+            found[key] = was, now[section][name]
+    return found
 
 
 def _contradictions(c: Config, world_size: int, local_world_size: int):
@@ -634,9 +662,22 @@ def _explain(error: dict, key: str) -> str:
     return "no such setting" + (f"; did you mean {near[0]}?" if near else "; --help lists them")
 
 
+USAGE = """
+usage: bash launch/train.sh CONFIG.yaml [--section.key VALUE …]
+
+Trains a GPT, on every GPU of this machine, else on its CPU. The same command starts a run and resumes it.
+
+    bash launch/train.sh configs/quickstart.yaml
+    bash launch/train.sh configs/shakespeare_char_cpu.yaml --train.max_steps 200 --run.name short
+    bash launch/train.sh configs/gpt2_124m.yaml --optim.learning_rate 3e-4 --log.wandb online
+    bash launch/train.sh --nproc_per_node=4 configs/gpt2_124m.yaml                torchrun's options come before CONFIG
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 launch/train.sh configs/gpt2_1558m.yaml
+"""
+
+
 def help_text() -> str:
-    """Every setting with its type, default and meaning."""
-    lines = [__doc__.strip(), ""]
+    """How to start training, and every setting with its type, default and meaning."""
+    lines = [USAGE.strip(), "", __doc__.partition("\n\n")[2].partition("\n\n")[2].strip(), ""]
     for section_name, section in Config.model_fields.items():
         section = section.annotation
         lines += [f"{section_name}: {section.__doc__}"]

@@ -24,14 +24,17 @@ class Stopped(Exception):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and the default of each option."""
+    """The description as it is written, and the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors raised as UserError (one line, not a page of usage) and defaults shown in --help."""
+    """argparse, with errors raised as UserError (one line, not a page of usage). description: the tool's whole docstring."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(formatter_class=Help, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -1,4 +1,4 @@
-"""What a run tells: console and log.txt, metrics.jsonl, wandb. Speed is measured over the training steps alone.
+"""What a run measures of itself, and says in a line. Speed is measured over the training steps alone.
 
 Goodput is the share of the time since the run was first started that became training: the time of its steps, each once,
 and without the first after each start, which compiles. What is lost: evaluations, saves, starts, steps done again after
@@ -6,18 +6,15 @@ a kill, and all the time in which nothing ran. Both times outlive a kill, one in
 """
 
 import contextlib
-import json
 import math
-import os
 import resource
-import statistics
-import sys
 import time
-import uuid
 from pathlib import Path
 
 import torch
 
+from nanogpt.console import Live
+from nanogpt.trackers import Lines, Trackers
 from nanogpt.words import duration, short
 
 # Dense bfloat16 tensor-core peaks in TFLOP/s, from the vendors' data sheets; the first name found in the device's
@@ -72,7 +69,7 @@ class Meter:
         self.config, self.device, self.world_size, self.writes = config, device, world_size, writes
         self.flops_per_token, self.recomputed, self.peak = flops_per_token, recomputed, peak_flops(device)
         self.clock, self.warm = state["clock"], False
-        self.metrics, self.text, self.wandb = None, None, None
+        self.text, self.trackers, self.live = None, None, None
         self.last_step = config.max_steps
         self.era = state["data_history"][-1]  # since then, tokens follow from the config
 
@@ -89,42 +86,28 @@ class Meter:
         if self.writes:
             folder = self.config.run_dir
             self.clock["began"] = min(self.clock["began"] or math.inf, first_start(folder))
-            take_back(folder / "metrics.jsonl", first_step or -1)  # a new run logs its step 0 anew
-            self.metrics, self.text = Lines(folder / "metrics.jsonl"), Lines(folder / "log.txt")
+            self.text = Lines(folder / "log.txt")
             for line in warnings:
-                self._write(self.text, f"warning: {line}")
-            self._open_wandb(folder)
+                self.text.write(f"warning: {line}")
+            self.trackers = Trackers(self.config, first_step, self.say)
         self.start(first_step)
 
-    def _open_wandb(self, folder: Path):
-        c = self.config
-        if c.log.wandb == "off":
-            return
-        try:
-            import wandb
-            id_file = folder / "wandb_id"  # a resumed run goes on in the same curve
-            if not id_file.exists():
-                id_file.write_text(uuid.uuid4().hex[:12])
-            self.wandb = wandb.init(project=c.log.wandb_project, name=c.run.name, id=id_file.read_text().strip(),
-                                    dir=str(folder), mode=c.log.wandb, config=c.model_dump(),
-                                    resume="allow" if c.log.wandb == "online" else None)
-        except Exception as error:
-            self.say(f"warning: wandb is off for this run ({type(error).__name__}: {error})")
+    def go_live(self, first_step: int, place):
+        """From here on a terminal shows, in its last line, where the run is. place: see console.Live."""
+        if self.writes:
+            self.live = Live(self.config, first_step, place)
 
     def say(self, line: str):
         """One line for the user, on the console and in log.txt."""
         if self.writes:
             print(line, flush=True)
             if self.text:
-                self._write(self.text, line)
+                self.text.write(line)
 
-    def _write(self, file: "Lines", line: str):
-        """A full disk does not end a run: what could not be written is written with the next line, if it can be."""
-        was = file.problem
-        file.write(line)
-        if file.problem and not was:
-            print(f"warning: {file.path}: cannot be written ({file.problem}); kept in memory, and tried again",
-                  file=sys.stderr, flush=True)
+    def say_on_terminal(self, line: str):
+        """What is worth a line there alone, above the live one."""
+        if self.live and self.live.on:
+            print(line, flush=True)
 
     # ---- time -------------------------------------------------------------------------------------------------------
 
@@ -169,28 +152,29 @@ class Meter:
     # ---- words ------------------------------------------------------------------------------------------------------
 
     def log(self, record: dict):
-        """Writes one record to metrics.jsonl, to wandb and, as a line, to the console."""
+        """Writes one record to metrics.jsonl, to wandb and the like and, as a line, to the console and to log.txt."""
         if not self.writes:
             return
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-        self._write(self.metrics, json.dumps(finite))
-        if self.wandb:
-            try:
-                self.wandb.log(record, step=record["step"])
-            except Exception as error:
-                self.wandb = None
-                self.say(f"warning: wandb is off from here on ({type(error).__name__}: {error})")
-        self.say(self.line(record))
+        self.trackers.log(record)
+        line = self.line(record)
+        if self.live and self.live.on:
+            self.live.show(record, self.left(record))
+            if "train_loss" not in record:
+                return self.text.write(line)  # the live line has it
+        self.say(line)
+
+    def left(self, r: dict) -> float:
+        """Seconds of training to the run's end, at the speed of a record."""
+        return (self.tokens(self.last_step) - r["tokens"]) / r["tokens_per_s"]
 
     def line(self, r: dict) -> str:
         if r["loss"] is None:
             return f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}{self.losses(r)}"
-        left = (self.tokens(self.last_step) - r["tokens"]) / r["tokens_per_s"]
         parts = [f"step {r['step']:>{len(str(self.last_step))}}/{self.last_step}", f"loss {r['loss']:.4f}",
                  f"lr {r['learning_rate']:.2e}", f"norm {r['grad_norm']:.2f}", f"{short(r['tokens_per_s'])} tok/s",
                  f"mfu {r['mfu']:.1%}" if r["mfu"] is not None else "", f"data {r['data_wait_fraction']:.1%}",
                  f"goodput {r['goodput']:.0%}" if r["goodput"] is not None else "",
-                 f"mem {r['memory_gib']:.1f} GiB", f"eta {duration(left)}"]
+                 f"mem {r['memory_gib']:.1f} GiB", f"eta {duration(self.left(r))}"]
         return "  ".join(p for p in parts if p) + self.losses(r)
 
     def losses(self, r: dict) -> str:
@@ -201,77 +185,10 @@ class Meter:
         each = ", ".join(f"{key.partition('/')[2]} {r[key]:.4f}" for key in r if key.startswith("val_loss/"))
         return f"  | train {r['train_loss']:.4f}{val}" + (f": {each}" if each else "")
 
-    def close(self):
-        if self.wandb:
-            try:
-                self.wandb.finish()
-            except Exception as error:
-                self.say(f"warning: wandb did not finish ({type(error).__name__}: {error})")
-        return next((file.problem for file in (self.metrics, self.text) if file and file.close()), None)
-
-
-class Lines:
-    """A file that is written line by line, and keeps what it could not write."""
-
-    def __init__(self, path: Path):
-        self.path, self.waiting, self.problem = path, b"", None
-        self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-
-    def write(self, line: str):
-        self.waiting += line.encode() + b"\n"
-        try:
-            while self.waiting:
-                self.waiting = self.waiting[os.write(self.fd, self.waiting):]
-            self.problem = None
-        except OSError as error:
-            self.problem = error.strerror
-
-    def close(self) -> bool:
-        """Whether something could not be written."""
-        os.close(self.fd)
-        return bool(self.waiting)
-
-
-def take_back(path: Path, step: int):
-    """Cuts the lines of later steps off metrics.jsonl. Read from its end: as quick after 100,000 steps as after 10."""
-    if not path.exists():
-        return
-    with open(path, "r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        tail, keep = b"", None
-        while end and keep is None:
-            start = max(0, end - (1 << 16))
-            file.seek(start)
-            tail, end = file.read(end - start) + tail, start
-            lines = tail.splitlines(True)
-            for i in range(len(lines) - 1, -1 if start == 0 else 0, -1):  # the first may be cut, unless the file begins there
-                if _step(lines[i]) <= step:
-                    keep = start + sum(map(len, lines[:i + 1]))
-                    break
-            tail = lines[0]
-        file.truncate(keep or 0)
-        if keep and not lines[i].endswith(b"\n"):  # whole, but for its end
-            file.seek(keep)
-            file.write(b"\n")
-
-
-def loss_spikes(losses: list[float], new: int, recent: int) -> list[int]:
-    """Which of the last `new` losses lie more than 6 standard deviations, and 0.1, above the mean of those before.
-
-    Each is compared with up to `recent` before it, of which 32 must be there. Returns positions in `losses`.
-    """
-    found = []
-    for i in range(max(0, len(losses) - new), len(losses)):
-        before = [x for x in losses[max(0, i - recent):i] if math.isfinite(x)]
-        if len(before) >= 32 and math.isfinite(losses[i]):
-            if losses[i] > statistics.fmean(before) + max(6 * statistics.pstdev(before), 0.1):
-                found.append(i)
-    return found
-
-
-def _step(line: bytes) -> int:
-    """Step of a line of metrics.jsonl; one that was cut short by a crash counts as later than everything."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return sys.maxsize
+    def close(self) -> str | None:
+        """Why a file of the run folder could not be written to its end; None: all are."""
+        if self.live:
+            self.live.close()
+        if self.writes and self.text:
+            problems = self.trackers.close(), self.text.close()
+            return problems[0] or problems[1]

@@ -21,8 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from nanogpt import checkpoint, memory, tokenizer, watch
 from nanogpt.config import Config
+from nanogpt.console import introduce
 from nanogpt.errors import PeerLost, Stopped, UserError
-from nanogpt.health import Numbers
+from nanogpt.health import Numbers, Vitals
 from nanogpt.loss import IGNORE
 from nanogpt.meter import Meter, recomputed_flops
 from nanogpt.model import separate_documents
@@ -92,11 +93,12 @@ def train(config: Config, device: torch.device) -> dict:
     meter.open(first_step, warnings)
     introduce(meter, config, stream, splits["val"], model, resumed, state, estimate)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
-                             config.checkpoint.async_save, config.checkpoint.keep_best, warn=meter.say)
+                             config.checkpoint.async_save, config.checkpoint.keep_best, warn=meter.say,
+                             saved=meter.say_on_terminal)
 
     # ---- steps ------------------------------------------------------------------------------------------------------
     last_step = config.max_steps
-    numbers = Numbers(config, state, device)
+    numbers, vitals = Numbers(config, state, device), Vitals(config, model, tok)
     batches = stream.batches(first_step, last_step, rank, world_size, device)
     done, saved_step, record, signal_name = first_step, first_step, {}, None
     held_out = state["held_out"]
@@ -112,6 +114,7 @@ def train(config: Config, device: torch.device) -> dict:
     gc.freeze()   # all that was imported: looking through it takes longer than a small model's step
     gc.disable()  # a collection at a random moment on one rank is a wait for all: at log steps instead, on all at once
     meter.start(first_step)
+    meter.go_live(first_step, guard)
     model.train()
 
     for step in profiled(range(first_step, last_step), config, device, meter, guard):
@@ -151,6 +154,7 @@ def train(config: Config, device: torch.device) -> dict:
         # of it when it next looks. And it divides by grad_scale, so that clipping (as clip_grad_norm_) takes no pass of its own.
         optimizer.found_inf = numbers.see(step, loss, norm)
         optimizer.grad_scale = ((norm + 1e-6) / config.optim.grad_clip).clamp(min=1) if config.optim.grad_clip else None
+        vitals.before(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -162,11 +166,12 @@ def train(config: Config, device: torch.device) -> dict:
             record = meter.record(done, loss.item(), lr, norm.item())            # the host waits for the device here
             guard.first = False
             try:
-                record |= numbers.look(done, stream, meter)
+                record |= numbers.clipped_fraction(done) | numbers.look(done, stream, meter)
             except UserError:
                 saver.wait()  # the checkpoint under way is of a good step
                 raise
             with meter.not_training():
+                record |= vitals.after(tokens[0][0])
                 best = False
                 if evaluates:
                     record |= losses_now(done)
@@ -293,47 +298,6 @@ def room_for(config: Config, device: torch.device, warnings: list[str]) -> str:
     if warning and dist.get_rank() == 0:
         warn(warnings, warning)
     return line
-
-
-def introduce(meter: Meter, config: Config, stream: TrainStream, val: list[Split], model, resumed, state, estimate=None):
-    """The run in a few lines."""
-    c, t, ranks, epochs = config, config.train, dist.get_world_size(), stream.epochs(config.max_steps)
-    device = torch.cuda.get_device_name(meter.device) if meter.device.type == "cuda" else \
-        f"CPU, {torch.get_num_threads()} threads a rank"
-    meter.say(f"model       {model.num_params() / 1e6:.2f}M parameters: {c.model.n_layer} layers, {c.model.n_head} heads, "
-              f"width {c.model.n_embd}, block {c.model.block_size}, vocabulary {c.model.vocab_size} in "
-              f"{model.transformer.wte.weight.size(0)} rows")
-    for split, share, passes in zip(stream.splits, stream.proportions, epochs):
-        part = f"{share:.1%} of a {c.data.mixture} mixture, " if len(epochs) > 1 else ""
-        meter.say(f"data        {split.path}: {part}{split.card['splits'][split.name]['tokens']:,} tokens, "
-                  f"{split.samples:,} samples, {passes:.3g} epochs, {split.card['tokenizer']['name']} tokenizer")
-        if split.path not in {of.path for of in val}:
-            meter.say(f"warning: {split.path} has no val split: there is no validation loss of it")
-    meter.say(f"batch       {t.global_batch_size} sequences = {ranks} ranks x {t.micro_batch_size} x "
-              f"{c.accumulation(ranks)} accumulated; {c.tokens_per_step:,} tokens a step, {c.max_steps} steps, "
-              f"{meter.tokens(c.max_steps) / 1e6:.3g}M tokens")
-    for key in ("batch_schedule", "block_schedule"):
-        if schedule := getattr(t, key):
-            meter.say(f"            train.{key}: {schedule}")
-    if c.model.mask_documents:
-        meter.say("documents   each by itself: attention does not leave it, and positions begin anew with it")
-    meter.say(f"sharding    {c.sharding.strategy}, activation checkpointing {c.sharding.activation_checkpointing}, "
-              f"{c.train.precision}, compile {'on' if c.train.compile else 'off'}")
-    meter.say(f"device      {device}" + ("" if meter.peak else "; its peak FLOP/s is not known, so no MFU"))
-    if estimate:
-        meter.say(f"memory      {estimate}")
-    meter.say(f"run         {c.run_dir}" + (f", from {c.run.init_from}" if c.run.init_from and not resumed else ""))
-    if resumed:
-        meter.say(f"resuming    {resumed}: step {state['step']} on {state['world_size']} -> {ranks} ranks")
-        for key, (was, now) in changes(state["config"], c.model_dump()).items():
-            meter.say(f"            changed since: {key} {was} -> {now}")
-
-
-def changes(was: dict, now: dict) -> dict:
-    """{section.key: (was, now)} of two configs."""
-    known = Config().model_dump()  # what an older version did not know was as it is by default
-    return {f"{section}.{key}": (before, value) for section, values in now.items() for key, value in values.items()
-            if (before := was.get(section, {}).get(key, known[section][key])) != value}
 
 
 # ---- in and out -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 #     bash tests/run.sh
 #     bash tests/run.sh -x -k checkpoint
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^set/ { /^set/!s/^# \{0,1\}//p; }' "${BASH_SOURCE[0]}"; exit ;; esac
 . "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
 set_up
 exec "$python" -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -150,3 +150,15 @@ def test_what_comes_with_weights_is_not_checked_against_defaults(tmp_path):
     config.model.n_head = 24
     with pytest.raises(UserError, match="1600 is not a multiple of n_head 24"):
         check_shape(config)
+
+
+def test_what_the_command_line_has_changed(tmp_path):
+    (tmp_path / "c.yaml").write_text(GOOD + "optim: {learning_rate: 3e-4, beta2: 0.9}\nmodel: {bias: false}")
+    load = lambda *options: load_config([str(tmp_path / "c.yaml"), *options]).overridden  # noqa: E731
+    assert load() == {} and load("--run.name=x", "--run.dir=y") == {}
+    assert load("--optim.learning_rate", "0.0003", "--model.bias=false") == {}  # said again
+    assert load("--optim.beta2=0.95", "--train.max_steps", "7", "--optim.beta1=0.8", "--train.max_tokens=9", "--data.shuffle=off") == {
+        "optim.beta2": (0.9, 0.95), "train.max_steps": (100, 7), "optim.beta1": (0.9, 0.8), "train.max_tokens": (None, 9),
+        "data.shuffle": (True, False)}
+    (tmp_path / "c.yaml").write_text(GOOD + "optim: {beta2: 9}")  # an option mends it
+    assert load("--optim.beta2=0.95", "--run.seed=3") == {"optim.beta2": (9, 0.95), "run.seed": (None, 3)}

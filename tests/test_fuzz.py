@@ -29,7 +29,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanogpt import checkpoint, health, stream, tokenizer, train
+from nanogpt import checkpoint, console, health, stream, tokenizer
 from nanogpt import resume as resuming
 from nanogpt.config import Config, load_config
 from nanogpt.errors import UserError
@@ -318,7 +318,7 @@ def resume(run, **options):
     path, state = resuming.starting_point(config, source, [])
     health.Numbers(config, state, CPU).recent(state["step"])
     meter = Meter(config, CPU, 1, 1, writes=False, state=state)
-    assert f"{state['step']} on {state['world_size']} {train.changes(state['config'], config.model_dump())}"
+    assert f"{state['step']} on {state['world_size']} {console.changes(state['config'], config.model_dump())}"
     assert source.fingerprint(state["step"]) and json.dumps(state)
     return state["step"], source.first_step, meter.tokens(state["step"])
 

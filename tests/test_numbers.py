@@ -16,7 +16,8 @@ import torch
 from test_train import SMALL, STEPS, plain_optimizer, small_run  # noqa: F401
 
 from nanogpt.errors import Stopped, UserError
-from nanogpt.meter import loss_spikes, take_back
+from nanogpt.health import loss_spikes
+from nanogpt.trackers import take_back
 
 MICRO = "--train.micro_batch_size=2"
 ONE_THREAD = mock.patch.object(os, "sched_getaffinity", lambda process: {0})  # is the quicker for so small a model

@@ -109,7 +109,7 @@ def run_plain_loop(small_run, text_dataset, *options):
 
 LAYOUTS = [  # ranks, ranks of a machine, micro-batch, options
     (1, 1, 8, []),
-    (1, 1, 2, ["--sharding.strategy=grad", "--train.compile=true"]),
+    (1, 1, 2, ["--sharding.strategy=grad", "--train.compile=true", "--log.health=full"]),
     (1, 1, 4, ["--sharding.cpu_offload=true"]),
     (2, 2, 4, ["--sharding.strategy=replicate"]),
     (2, 2, 1, ["--sharding.strategy=grad", "--sharding.activation_checkpointing=selective"]),
@@ -130,6 +130,7 @@ def test_every_layout_is_the_plain_loop(small_run, plain_loop, request, world_si
     assert [m["grad_norm"] for m in metrics] == pytest.approx(norms, rel=1e-4)
     assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
     assert losses[-1] < losses[0] - 1  # it learns
+    assert all(("health/activation_rms" in m) == ("--log.health=full" in options) for m in metrics)
 
 
 def test_stop_on_two_ranks_go_on_on_one_then_four(small_run, plain_loop):
@@ -249,15 +250,17 @@ def test_the_guard_keeps_bad_gradients_from_the_weights_of_every_rank(ranks, bad
 
 
 def test_wandb_offline(small_run):
-    small_run("wandb", 1, "--log.wandb=offline", "--train.micro_batch_size=8", steps=6)
+    for steps in (6, 8):  # resumed: the same run
+        small_run("wandb", 1, "--log.wandb=offline", "--train.micro_batch_size=8", steps=steps)
     assert "wandb is off" not in (small_run.folder / "wandb" / "log.txt").read_text()
-    assert list((small_run.folder / "wandb" / "wandb").glob("offline-run-*/*.wandb"))
+    written = list((small_run.folder / "wandb" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(written) == 2 and {path.stem for path in written} == {f"run-{(small_run.folder / 'wandb' / 'wandb_id').read_text()}"}
 
 
 def test_what_is_told_of_a_config_that_changed(small_run):
     """A setting that an older version did not know was as it is by default."""
     from nanogpt.config import load_config
-    from nanogpt.train import changes
+    from nanogpt.console import changes
     now = load_config([str(small_run.config), "--train.max_steps=9"]).model_dump()
     was = {section: dict(values) for section, values in now.items()}
     del was["model"]["mask_documents"], was["data"]["tokenizer"], was["train"]["batch_schedule"]

@@ -477,7 +477,7 @@ def default_ranks() -> int:
 def main():
     if sys.argv[1:2] == ["--rank"]:
         return rank(Path(sys.argv[2]), sys.argv[4:])
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    parser = Parser(description=__doc__, allow_abbrev=False,
                     usage="bench.py CONFIG [options] [--section.key value …]",
                     epilog="Settings of the config follow as --section.key value; launch/train.sh --help lists them.")
     parser.add_argument("config", metavar="CONFIG", help="as configs/gpt2_124m.yaml")

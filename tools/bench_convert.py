@@ -96,7 +96,7 @@ def _children(pid: int) -> list[int]:
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", type=Path, required=True, metavar="FILE", help="a text; it is repeated, and cut into documents")
     parser.add_argument("--tokenizer", default="gpt2", help="as in convert_text_to_mds.py")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes of both")

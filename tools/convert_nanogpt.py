@@ -207,7 +207,7 @@ def convert_data(folder: Path, out: Path, block_size: int, stride: int | None, c
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS, usage="%(prog)s --checkpoint FILE "
+    parser = Parser(description=__doc__, argument_default=SUPPRESS, usage="%(prog)s --checkpoint FILE "
                     "[--meta FILE] --out RUN\n       %(prog)s --data DIR [--block-size N] [--stride N] [--compression zstd] "
                     "[--overwrite] --out DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="run or dataset folder to make")

@@ -19,12 +19,12 @@ from pathlib import Path
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1::-1])  # for nanogpt, and for the converter beside this
 
-from nanogpt.errors import run  # noqa: E402
+from nanogpt.errors import Parser, run  # noqa: E402
 
 
 def main():
-    from convert_text_to_mds import add_shared, convert_inputs, make_parser
-    parser = make_parser(__doc__)
+    from convert_text_to_mds import add_shared, convert_inputs
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--hf-dataset", default="Skylion007/openwebtext", metavar="NAME", help="of the hub, or a folder laid out like one")
     add("--hf-config", default=SUPPRESS, metavar="NAME", help="which of its configurations, where it has several")

@@ -25,13 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
-
-
-def make_parser(description: str) -> Parser:
-    parser = Parser(description=description)
-    parser.formatter_class = Help
-    return parser
+from nanogpt.errors import Parser, UserError, run  # noqa: E402
 
 
 def add_shared(parser: Parser, val_fraction: float, column: str):
@@ -101,7 +95,7 @@ def tell(out, card: dict, written: bool):
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, default=SUPPRESS, metavar="PATH",
         help="files, folders, quoted globs; - is standard input")

@@ -19,7 +19,7 @@ from nanogpt.errors import Parser, UserError, die_with_torchrun, run  # noqa: E4
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", metavar="RUN", help="run folder, or one of its checkpoints")
     which.add_argument("--hf", metavar="MODEL", help="folder of a Hugging Face model, or its name on the hub, as gpt2-xl")

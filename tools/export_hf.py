@@ -14,7 +14,7 @@ from nanogpt.errors import Parser, UserError, run  # noqa: E402
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("--run", required=True, metavar="RUN", help="run folder, or one of its checkpoints")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must be new or empty")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of the weights")

@@ -789,7 +789,7 @@ def names_of_documents(card: dict):
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0], argument_default=SUPPRESS, usage="%(prog)s DIR [--samples N] "
+    parser = Parser(description=__doc__, argument_default=SUPPRESS, usage="%(prog)s DIR [--samples N] "
                     "[--histogram all|none] [--verify]\n                      "
                     "[--tokenizer T [--split NAME…]]\n       %(prog)s --diff DIR DIR\n"
                     "       %(prog)s --run RUN --step K [--limit N] [--full] [--no-documents] [--data P]")

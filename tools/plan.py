@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1::-1])  # for nanogpt, and for scaling_laws beside this
 
 from nanogpt.config import load_config  # noqa: E402
-from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, run  # noqa: E402
 from nanogpt.words import duration, short  # noqa: E402
 
 # GB/s a GPU in one direction, from the vendors' data sheets: NVLink within a node; between nodes InfiniBand, one port each.
@@ -35,9 +35,8 @@ HOP_S = 10e-6    # seconds from node to node, in each collective
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2],
+    parser = Parser(description=__doc__,
                     usage="%(prog)s CONFIG --gpus N --gpu-memory GIB [options] [--section.key VALUE …]")
-    parser.formatter_class = Help
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML of configs/, or your own")
     add("--gpus", type=positive(int), required=True, metavar="N", help="GPUs in all")

@@ -17,7 +17,7 @@ from nanogpt.words import short  # noqa: E402
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are drawn into one picture")
     parser.add_argument("--out", metavar="FILE", help=".png, .svg or .pdf (default: loss.png in the first RUN)")
     args = parser.parse_args()

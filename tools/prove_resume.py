@@ -462,7 +462,7 @@ def start_times(folder: Path, repeats: int, seed: int):
 def main():
     if sys.argv[1:2] == ["--rank"]:
         return rank(Path(sys.argv[2]), sys.argv[4:])
-    parser = Parser(description=__doc__.splitlines()[0], epilog="Status 0: nothing differs.")
+    parser = Parser(description=__doc__, epilog="Status 0: nothing differs.")
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often the run is killed")
     parser.add_argument("--seed", type=int, default=None, metavar="N",
                         help="of data, moments and layouts; drawn if not given")

@@ -18,7 +18,7 @@ from nanogpt.sampling import Sampling  # noqa: E402
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--run", metavar="RUN", help="run folder, or one of its checkpoints")
