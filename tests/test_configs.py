@@ -41,7 +41,8 @@ def test_the_reference_is_current():
 def test_the_reference_is_a_config_of_the_defaults():
     """It lacks what has no default: data, and an end."""
     needed = ["--data.path=data/owt", "--train.max_steps=9"]
-    assert load_config([str(REFERENCE), *needed]) == Config(data=dict(path="data/owt"), train=dict(max_steps=9))
+    defaults = Config(data=dict(path="data/owt"), train=dict(max_steps=9))
+    assert load_config([str(REFERENCE), *needed]).model_dump() == defaults.model_dump()
     written = yaml.safe_load(REFERENCE.read_text())
     assert {k: v.keys() for k, v in written.items()} == {k: v.keys() for k, v in Config().model_dump().items()}
 
