@@ -690,3 +690,49 @@ def help_text() -> str:
             lines += [f"      {field.description}"] if field.description else []
         lines += [""]
     return "\n".join(lines)
+
+
+def reference() -> str:
+    """A config of all settings with their defaults, and with what each means, its type and its limits in comments."""
+    from textwrap import wrap
+
+    def comment(text: str, indent: str = "  # ") -> list[str]:
+        return wrap(text, 120, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+    lines = ["# Every setting with its default, its meaning, and what it may be: made by the command",
+             "#   python -m nanogpt.config > configs/reference.yaml",
+             "# from nanogpt/config.py, so do not edit it. A config of your own states only what differs from this."]
+    for section_name, field in Config.model_fields.items():
+        section = field.annotation
+        schema = section.model_json_schema()
+        lines += ["", "", *comment(" ".join(section.__doc__.split()), "# "), f"{section_name}:"]
+        for name, of in section.model_fields.items():
+            default = yaml.safe_dump(of.default, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            lines += ["", *comment(of.description or ""), f"  {name}: {default}  # {_kind(schema['properties'][name])}"]
+            if nested := NESTED.get(name):
+                inner = nested.model_json_schema()["properties"]
+                for key, value in nested.model_fields.items():
+                    lines += comment(f"{key}: {_kind(inner[key])}" + (f"; {value.description}" * bool(value.description)),
+                                     "  #     ")
+    return "\n".join(lines) + "\n"
+
+
+def _kind(schema: dict) -> str:
+    """What a JSON schema allows, in words: `integer > 0, or null`."""
+    if "anyOf" in schema:
+        return ", or ".join(_kind(one) for one in schema["anyOf"])
+    if "$ref" in schema:
+        return "what is below"
+    if "enum" in schema:
+        return " | ".join(schema["enum"])
+    limits = [f"{sign} {schema[key]:.16g}" for key, sign in (("exclusiveMinimum", ">"), ("minimum", ">="), (
+        "exclusiveMaximum", "<"), ("maximum", "<=")) if schema.get(key, 1 << 63) < 1 << 63]  # beyond: no limit that one meets
+    kind = " ".join([schema["type"], " and ".join(limits)]).strip()
+    if kind == "array":
+        least, most = schema.get("minItems", 0), schema.get("maxItems")
+        return f"list of {'' if not most else f'{most} x ' if least == most else f'{least} to {most} x '}({_kind(schema['items'])})"
+    return kind + (f" of the pattern {schema['pattern']}" if "pattern" in schema else "")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -36,7 +36,8 @@ def test_commands(tmp_path):
         done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     run = tmp_path / "runs" / "readme"
-    assert sorted(p.name for p in run.iterdir()) == [".lock", ".started", "checkpoints", "config.yaml", "log.txt", "loss.png", "metrics.jsonl"]
+    assert {p.name for p in run.iterdir()} == {".lock", ".started", "checkpoints", "config.yaml", "log.txt", "loss.png", "metrics.jsonl",
+                                               "report.html", "samples.jsonl"}
     assert '"step": 200' in (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert (tmp_path / "runs" / "tuned" / "checkpoints" / "step-00000020" / "manifest.json").exists()
 

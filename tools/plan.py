@@ -18,7 +18,7 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = map(str, Path(__file__).resolve().parents[1::-1])  # for nanogpt, and for scaling_laws beside this
 
 from nanogpt.config import load_config  # noqa: E402
 from nanogpt.errors import Parser, UserError, run  # noqa: E402
@@ -50,19 +50,31 @@ def main():
         help="ids of the tokenizer (default: the config's, the "
         "dataset's, or GPT-2's)")
     add("--json", action="store_true", help="all figures as one JSON object")
+    args, settings = with_settings(parser)
+    args.peak = peak_of(args.gpu, args.mfu)
+    found = plan(*read(args, settings), args)
+    print(json.dumps(found, indent=1) if args.json else table(found, args))
+
+
+def with_settings(parser):
+    """(arguments, [--section.key, VALUE, …]) of a command that takes both. Raises UserError: a word is neither."""
     args, settings = parser.parse_known_args()
     for i, word in enumerate(settings):
         value = i and settings[i - 1].startswith("--") and "=" not in settings[i - 1]
         if not value and not (word.startswith("--") and "." in word):
             raise UserError(f"{word}: no option of this tool, nor a setting, as --section.key VALUE (see its --help)")
-    if args.mfu > 1:
-        raise UserError(f"--mfu: {args.mfu:g} is no share; take 0.4 for 40 %")
+    return args, settings
+
+
+def peak_of(gpu: str, mfu: float) -> float:
+    """Bfloat16 FLOP/s of --gpu. Raises UserError where it is not known, or --mfu no share."""
     from nanogpt.meter import PEAK_TFLOPS
-    args.peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in args.gpu), None)
-    if not args.peak:
-        raise UserError(f"--gpu: {args.gpu} is not known; take one of {', '.join(PEAK_TFLOPS)}")
-    found = plan(*read(args, settings), args)
-    print(json.dumps(found, indent=1) if args.json else table(found, args))
+    if mfu > 1:
+        raise UserError(f"--mfu: {mfu:g} is no share; take 0.4 for 40 %")
+    peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in gpu), None)
+    if not peak:
+        raise UserError(f"--gpu: {gpu} is not known; take one of {', '.join(PEAK_TFLOPS)}")
+    return peak
 
 
 def positive(kind):
@@ -87,17 +99,22 @@ def read(args, settings: list[str]):
     except UserError as error:
         config = load_config([*argv, "--train.micro_batch_size=1"], args.gpus, node)  # says itself what else is wrong
         notes.append(f"planned with micro_batch_size 1, because {error}")
+    return config, notes + set_vocabulary(config, args.vocab_size)
+
+
+def set_vocabulary(config, given: int | None = None) -> list[str]:
+    """Sets model.vocab_size: given, the config's, the dataset's, or GPT-2's. Returns what else the shape was taken from."""
+    m, notes = config.model, []
     if config.run.init_from:
         notes.append(f"run.init_from: the shape of {config.run.init_from} is not looked up; it is as the config has it")
-    m = config.model
-    if args.vocab_size:
-        m.vocab_size = args.vocab_size
+    if given:
+        m.vocab_size = given
     if not m.vocab_size:
         there = of_dataset(config)
         m.vocab_size = there or 50257
         notes.append(f"vocabulary of {m.vocab_size:,}, " + ("the dataset's" if there else "GPT-2's: the dataset is not "
                                                             "here, and neither model.vocab_size nor --vocab-size is given"))
-    return config, notes
+    return notes
 
 
 def of_dataset(config) -> int | None:
@@ -142,19 +159,14 @@ def plan(config, notes: list[str], args) -> dict:
 
 
 def chinchilla(params: int, tokens: int | None) -> dict:
-    """What Hoffmann et al. (2022) say: 20 tokens a parameter; and their fit L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28.
-
-    Their loss is in nats a token, of their text and tokenizer.
-    """
-    def fit(n, d):
-        return 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
-
-    found = dict(tokens=20 * params, loss=fit(params, 20 * params))
+    """What Hoffmann et al. (2022) say: 20 tokens a parameter; and their law, in nats a token of their text and tokenizer."""
+    from scaling_laws import PUBLISHED
+    law = PUBLISHED["hoffmann"]
+    found = dict(tokens=20 * params, loss=law.loss(params, 20 * params))
     if tokens:
-        # The best of all models for the same compute C = 6 N D, by the same fit.
-        best = (0.34 * 406.4 / (0.28 * 410.7)) ** (1 / 0.62) * (params * tokens) ** (0.28 / 0.62)
-        found |= dict(tokens_a_parameter=tokens / params, loss_of_this_run=fit(params, tokens), best_parameters=best,
-                      loss_of_best=fit(best, params * tokens / best))
+        best = law.best(6 * params * tokens)  # of all models for the same compute
+        found |= dict(tokens_a_parameter=tokens / params, loss_of_this_run=law.loss(params, tokens), best_parameters=best[0],
+                      loss_of_best=law.loss(*best))
     return found
 
 
