@@ -150,7 +150,7 @@ class Check:
         for line in table(everyone, told, results, self.local_size):
             print(line, flush=True)
         self.store.set("verdict", "well" if not problems else "ill")
-        deadline = time.monotonic() + 10  # the store ends with this process
+        deadline = time.monotonic() + min(10, self.args.timeout)  # the store ends with this process
         while self.nodes > 1 and self.store.add("left", 0) < self.nodes - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
         if problems:
