@@ -411,12 +411,12 @@ def read_json(path: Path):
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
-def load(path: Path, model, optimizer=None, instead: dict[str, torch.Tensor] = {}):
+def load(path: Path, model, optimizer=None, instead: dict[str, torch.Tensor] | None = None):
     """Fills model, and optimizer where one is given, from a verified checkpoint of any number of ranks and strategy.
 
     instead: name -> a tensor to fill in the place of the model's.
     """
-    wanted = tensors(model, optimizer) | instead
+    wanted = tensors(model, optimizer) | (instead or {})
     reader = fitting_reader(path, wanted, ("model.", "optim.") if optimizer else ("model.",))
     try:
         # Without a process group (sampling) DCP loads alone.

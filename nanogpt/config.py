@@ -413,7 +413,7 @@ def _load(argv: list[str], world_size: int, local_world_size: int) -> Config:
     if len(files) != 1:
         found = f"found {', '.join(files)}" if files else "found none; configs/ has some"
         raise UserError(f"one config file is needed, as in: configs/quickstart.yaml --train.max_steps 100 ({found})")
-    values, origin = _read_yaml(Path(files[0]))
+    values, origin = read_yaml(Path(files[0]))
     stated = copy.deepcopy(values)
     problems = _apply_options(argv, values, origin)
     values.setdefault("run", {})
@@ -521,7 +521,7 @@ def check_shape(c: Config):
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
+def read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
     """(nested values, {key: file that set it}) of a config and of those it is based on."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -549,7 +549,7 @@ def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
         return values, origin
     if not isinstance(base, str):
         raise UserError(f"{path}: base must be the name of a file beside it, found {_shown(base)}")
-    below, below_origin = _read_yaml(path.parent / base, (*seen, path.resolve()))
+    below, below_origin = read_yaml(path.parent / base, (*seen, path.resolve()))
     return _merge(below, values), below_origin | origin
 
 

@@ -23,7 +23,8 @@ import re
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 

@@ -8,7 +8,7 @@ import codecs
 import sys
 import warnings
 from pathlib import Path
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 

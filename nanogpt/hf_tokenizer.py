@@ -69,8 +69,11 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], specials: 
     return encoder
 
 
-def _written(piece: bytes, of_byte={byte: character for character, byte in byte_table().items()}) -> str:
-    return "".join(of_byte[byte] for byte in piece)
+OF_BYTE = {byte: character for character, byte in byte_table().items()}
+
+
+def _written(piece: bytes) -> str:
+    return "".join(OF_BYTE[byte] for byte in piece)
 
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:
