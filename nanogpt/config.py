@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError,
                       model_serializer, model_validator)
+from pydantic_core import ErrorDetails
 
 from nanogpt.errors import UserError
 
@@ -294,6 +295,7 @@ class Train(Section):
                 near = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
                 return ("train.batch_schedule", f"{size}, from step {step} on,", near) if self.batch_schedule else \
                     ("train.global_batch_size", f"{size}", near)
+        return None
 
 
 class Eval(Section):
@@ -604,8 +606,8 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
 
 
 # Settings that are no single value, and what has names in them.
-NESTED = {"train": Source, "rope_scaling": RopeScaling, "batch_schedule": BatchSchedule, "block_schedule": None,
-          "profile": None}
+NESTED: dict[str, type[BaseModel] | None] = {"train": Source, "rope_scaling": RopeScaling, "batch_schedule": BatchSchedule,
+                                            "block_schedule": None, "profile": None}
 
 
 def _takes_value(arg: str) -> bool:
@@ -650,7 +652,7 @@ def _shown(value) -> str:
     return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
-def _explain(error: dict, key: str) -> str:
+def _explain(error: ErrorDetails, key: str) -> str:
     if error["type"] != "extra_forbidden":
         given, said = error["input"], error["msg"].removeprefix("Value error, ")
         return said[0].lower() + said[1:] + ("" if isinstance(given, dict) else f" (found {_shown(given)})")

@@ -51,7 +51,7 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, str]:
     return files | {"tokenizer.json": encoder.to_str(pretty=True), "tokenizer_config.json": as_json(said)}
 
 
-def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], specials: list[str], pattern: str | None = None,
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: list[str], pattern: str | None = None,
                 ignore_merges: bool = False):
     """A tokenizers.Tokenizer that cuts text by `pattern` (None: GPT-2's) and merges as listed.
 
