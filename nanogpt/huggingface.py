@@ -138,7 +138,7 @@ class _Qwen3(_Llama):
         return super().ours() | dict(qk_norm=True)
 
 
-KINDS: dict[str, type[_Theirs]] = {"gpt2": _GPT2, "llama": _Llama, "qwen3": _Qwen3}
+KINDS: dict[str, type[_GPT2] | type[_Llama]] = {"gpt2": _GPT2, "llama": _Llama, "qwen3": _Qwen3}
 
 
 def read_config(file: Path) -> Model:
