@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import PeerLost, Stopped, UserError, die_with_torchrun, report, run  # noqa: E402
+from nanogpt.errors import PeerLost, Stopped, UserError, die_with_torchrun, one_line, report, run  # noqa: E402
 
 
 def local_gpus() -> int:
@@ -81,12 +81,17 @@ def torchrun_options(argv: list[str]) -> tuple[list[str], list[str]]:
 def start_torchrun(words: list[str]):
     """torchrun in this process; a rank that fails has told why, so torchrun's own report of it is left out."""
     import logging
+    quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read by this import: no pages of C++ frames where a port is closed
 
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import run as torchrun
+    if quiet:
+        del os.environ["TORCH_CPP_LOG_LEVEL"]  # the ranks' own may tell more
     logging.disable(logging.ERROR)  # of this process alone, which does nothing but watch over the ranks
     parser = get_args_parser()
     parser.error = lambda message: report(f"{message} (see torchrun --help)") or sys.exit(2)
@@ -103,10 +108,14 @@ def start_torchrun(words: list[str]):
         sys.exit(failure.exitcode or 1)
     except SignalException as error:
         sys.exit(130 if error.sigval == signal.SIGINT else Stopped.STATUS)
+    except DistError as error:  # of the store at which they meet: a port that is taken, a host that does not answer
+        raise UserError(f"torchrun could not open the port where ranks meet ({one_line(error)}); choose "
+                        "another --master-port, or --rdzv-endpoint HOST:PORT, or end what listens there") from None
     except ValueError as error:
         raise UserError(f"{' '.join(str(error).split())} (see torchrun --help)") from None
     except RendezvousError as error:
-        raise UserError(f"the machines did not meet: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"the machines did not meet ({one_line(error).rstrip(': ')}); type the same "
+                        "--nnodes and --rdzv-endpoint HOST:PORT on each, with a HOST and PORT that all of them reach") from None
 
 
 def one_voice():

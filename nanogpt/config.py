@@ -509,7 +509,7 @@ def _of_shape(c: Config):
     yield from c.model.contradictions()
     if c.max_steps and c.optim.warmup_steps >= c.max_steps:
         yield (["optim.warmup_steps", "train.max_steps", "train.max_tokens"],
-               f"{c.optim.warmup_steps} is not below the {c.max_steps} steps of the run")
+               f"{c.optim.warmup_steps} is not below the {c.max_steps} steps of the run; take {c.max_steps // 10}, or more steps")
     if c.train.block_schedule and (last := c.train.block_schedule[-1][1]) != c.model.block_size:
         yield (["train.block_schedule", "model.block_size"],
                f"ends with {last}, and model.block_size is {c.model.block_size}; make these the same")

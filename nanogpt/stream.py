@@ -132,7 +132,7 @@ class Split:
                             "leave it out: dataset.json has it")
         if stored % config.model.block_size:
             raise UserError(f"model.block_size: {config.model.block_size} is neither the {stored} that {path} "
-                            f"holds nor a divisor of it")
+                            f"holds nor a divisor of it; take --model.block_size {stored}")
         if self.card["dtype"] == PAIRS and stored != config.model.block_size:
             raise UserError(f"model.block_size: {config.model.block_size} would cut the pairs of {path}; take {stored}, or "
                             f"convert them again with --block-size {config.model.block_size}")

@@ -1,11 +1,13 @@
 """The README's commands, typed as they stand; those that need GPUs are checked as far as they go without."""
 
+import ast
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ def blocks(kind: str) -> list[str]:
     return [text for word, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if word == kind]
 
 
-def test_commands(tmp_path):
+def test_commands(tmp_path, transformers, monkeypatch, capsys):
     """In a folder of its own, with the environment that runs the tests in the place of .venv, and a smaller model."""
     for name in ("nanogpt", "tools", "launch", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -40,6 +42,10 @@ def test_commands(tmp_path):
                                                "report.html", "samples.jsonl"}
     assert '"step": 200' in (run / "metrics.jsonl").read_text().splitlines()[-1]
     assert (tmp_path / "runs" / "tuned" / "checkpoints" / "step-00000020" / "manifest.json").exists()
+    monkeypatch.chdir(tmp_path)
+    for block in blocks("python"):  # ours, loaded by transformers
+        exec(block, {})
+    assert capsys.readouterr().out.startswith("The ")
 
 
 def test_commands_that_need_gpus():
@@ -68,6 +74,43 @@ def test_each_fault_is_made_by_a_test_that_is_there():
         assert made_by, row
         for name in made_by:
             assert name.startswith("FUZZ_") or name.startswith("tests/") or name == "prove_resume.py" or f"def {name}(" in code, name
+
+
+def templates(expression) -> list[str]:
+    """A string expression as a pattern: what is literal, as it is; what is computed, anything."""
+    if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
+        return [re.escape(expression.value)]
+    if isinstance(expression, ast.JoinedStr):
+        return ["".join(part for value in expression.values for part in templates(value))]
+    if isinstance(expression, ast.BinOp) and isinstance(expression.op, ast.Add):
+        return [a + b for a in templates(expression.left) for b in templates(expression.right)]
+    return [".*"]
+
+
+def messages() -> list[re.Pattern]:
+    """What the code can say, with 20 literal characters or more; and transformers, of what it cannot import."""
+    theirs = Path(find_spec("transformers").submodule_search_locations[0]) / "utils" / "import_utils.py"
+    found = []
+    for path in [*(ROOT / "nanogpt").glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "launch" / "train.sh", theirs]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.JoinedStr, ast.Constant, ast.BinOp)):
+                found += [t for t in templates(node) if len(re.sub(r"\.\*|\\", "", t)) >= 20]
+    return [re.compile(r"(.*: )?" + t, re.S) for t in found]
+
+
+def test_each_error_of_troubleshooting_is_one_that_the_code_tells():
+    table = README[README.index("| what it says | what to do |"):].split("\n\n")[0].splitlines()[2:]
+    known = messages()
+
+    def told(text: str) -> bool:
+        return any(pattern.fullmatch(text) for pattern in known)
+
+    assert len(table) >= 12
+    for row in table:
+        text = re.match(r"\| `(?:error: )?(.+?)` \| .+ \|$", row)[1]
+        assert told(text), text
+        words = text.split()
+        assert not told(" ".join(sorted(words))), text  # the test can fail: these words in another order are nobody's
 
 
 def test_links_to_files_are_good():
