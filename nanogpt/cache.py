@@ -76,7 +76,7 @@ def open_dataset(folder: Path, remote: str | None, split: str, config: Config) -
     return dataset
 
 
-class Dataset(streaming.StreamingDataset):
+class Dataset(streaming.StreamingDataset):  # type: ignore[name-defined]  # import_streaming has returned it
     """StreamingDataset, but what fails in one thread or rank does not leave the others waiting for ever."""
 
     def __init__(self, **arguments):
@@ -117,7 +117,7 @@ class Dataset(streaming.StreamingDataset):
         pass
 
 
-class _Stream(streaming.Stream):
+class _Stream(streaming.Stream):  # type: ignore[name-defined]  # the same
     """Fetches a shard into the cache: whole, hashed and under its name, or not at all. So one killed leaves no half."""
 
     def prepare_shard(self, shard) -> int:
@@ -127,7 +127,7 @@ class _Stream(streaming.Stream):
 
         def get(file: Path):
             try:
-                self._downloader.download(remote, str(file), TIMEOUT_S)  # one for all threads
+                self._downloader.download(remote, str(file), TIMEOUT_S)  # type: ignore[has-type]  # one for all threads
             except Exception:
                 if remote.startswith("sftp:"):  # has one connection, which is dead now; the others mend themselves
                     self._downloader = CloudDownloader.get(self.remote)

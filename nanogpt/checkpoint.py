@@ -20,7 +20,7 @@ import shutil
 import threading
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,9 +77,10 @@ class Saver:
         self.keep_best, self.warn, self.saved = keep_best, warn, saved
         self.group = dist.new_group(backend="gloo")  # of its own: the background thread talks while training does
         self.aside, self.thread = {}, ThreadPoolExecutor(1, "checkpoint")  # what it writes, in host memory
-        self.writing = None                          # the future of the save under way
+        self.writing: Future | None = None           # the future of the save under way
         self.published = threading.Event()           # rank 0: the publishing of the last save has ended
-        self.failure, self.told = None, False
+        self.failure: BaseException | None = None
+        self.told = False
         self.seconds, self.warned_of_grace = 0.0, False  # what the last save took until it was published
         if dist.get_rank() == 0:  # what a killed run left behind
             for pattern in (".step-*.partial", ".step-*.deleted"):
@@ -107,12 +108,12 @@ class Saver:
             self.writing = self.thread.submit(dcp.save, self.aside, storage_writer=writer, process_group=self.group)
             self.writing.add_done_callback(lambda done: self._publish(done.exception(), partial, final, best_step))
         else:
-            error = None
+            problem = None
             try:
                 dcp.save(everything, storage_writer=writer, process_group=self.group)
             except (Exception, CheckpointException) as raised:  # on all ranks, whichever one failed
-                error = raised
-            self._publish(error, partial, final, best_step)
+                problem = raised
+            self._publish(problem, partial, final, best_step)
 
     def _set_aside(self, everything: dict[str, torch.Tensor]):
         """Copies that training does not change: made by the first save, and written over by the later ones.
@@ -411,12 +412,12 @@ def read_json(path: Path):
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
-def load(path: Path, model, optimizer=None, instead: dict[str, torch.Tensor] = {}):
+def load(path: Path, model, optimizer=None, instead: dict[str, torch.Tensor] | None = None):
     """Fills model, and optimizer where one is given, from a verified checkpoint of any number of ranks and strategy.
 
     instead: name -> a tensor to fill in the place of the model's.
     """
-    wanted = tensors(model, optimizer) | instead
+    wanted = tensors(model, optimizer) | (instead or {})
     reader = fitting_reader(path, wanted, ("model.", "optim.") if optimizer else ("model.",))
     try:
         # Without a process group (sampling) DCP loads alone.
@@ -433,7 +434,7 @@ def has_optimizer(path: Path) -> bool:
 def fitting_reader(path: Path, wanted: dict[str, torch.Tensor], prefixes=("model.",)) -> "SafeReader":
     """For a checkpoint that has just the wanted tensors, of those whose names begin so. Raises UserError otherwise."""
     reader = SafeReader(path)
-    stored = reader.read_metadata().state_dict_metadata
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata  # of tensors alone: SafeReader refuses the rest
     different = {k for k in stored if k.startswith(prefixes)} ^ set(wanted)
     different |= {k for k in wanted.keys() & stored.keys() if stored[k].size != wanted[k].shape}
     if different:
@@ -447,7 +448,7 @@ def fitting_reader(path: Path, wanted: dict[str, torch.Tensor], prefixes=("model
 
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader, but for its index: a pickle, here read through a list of what may be in it."""
-    metadata = None
+    metadata: Metadata | None = None
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         if self.metadata is not None:

@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import (AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError,
                       model_serializer, model_validator)
+from pydantic_core import ErrorDetails
 
 from nanogpt.errors import UserError
 
@@ -294,6 +295,7 @@ class Train(Section):
                 near = " or ".join(str(n) for n in (size // unit * unit, (size // unit + 1) * unit) if n)
                 return ("train.batch_schedule", f"{size}, from step {step} on,", near) if self.batch_schedule else \
                     ("train.global_batch_size", f"{size}", near)
+        return None
 
 
 class Eval(Section):
@@ -413,7 +415,7 @@ def _load(argv: list[str], world_size: int, local_world_size: int) -> Config:
     if len(files) != 1:
         found = f"found {', '.join(files)}" if files else "found none; configs/ has some"
         raise UserError(f"one config file is needed, as in: configs/quickstart.yaml --train.max_steps 100 ({found})")
-    values, origin = _read_yaml(Path(files[0]))
+    values, origin = read_yaml(Path(files[0]))
     stated = copy.deepcopy(values)
     problems = _apply_options(argv, values, origin)
     values.setdefault("run", {})
@@ -521,7 +523,7 @@ def check_shape(c: Config):
 
 # ---- reading --------------------------------------------------------------------------------------------------------
 
-def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
+def read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
     """(nested values, {key: file that set it}) of a config and of those it is based on."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -549,7 +551,7 @@ def _read_yaml(path: Path, seen: tuple = ()) -> tuple[dict, dict]:
         return values, origin
     if not isinstance(base, str):
         raise UserError(f"{path}: base must be the name of a file beside it, found {_shown(base)}")
-    below, below_origin = _read_yaml(path.parent / base, (*seen, path.resolve()))
+    below, below_origin = read_yaml(path.parent / base, (*seen, path.resolve()))
     return _merge(below, values), below_origin | origin
 
 
@@ -604,8 +606,8 @@ def _apply_options(argv: list[str], values: dict, origin: dict) -> list[str]:
 
 
 # Settings that are no single value, and what has names in them.
-NESTED = {"train": Source, "rope_scaling": RopeScaling, "batch_schedule": BatchSchedule, "block_schedule": None,
-          "profile": None}
+NESTED: dict[str, type[BaseModel] | None] = {"train": Source, "rope_scaling": RopeScaling, "batch_schedule": BatchSchedule,
+                                            "block_schedule": None, "profile": None}
 
 
 def _takes_value(arg: str) -> bool:
@@ -650,7 +652,7 @@ def _shown(value) -> str:
     return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
-def _explain(error: dict, key: str) -> str:
+def _explain(error: ErrorDetails, key: str) -> str:
     if error["type"] != "extra_forbidden":
         given, said = error["input"], error["msg"].removeprefix("Value error, ")
         return said[0].lower() + said[1:] + ("" if isinstance(given, dict) else f" (found {_shown(given)})")

@@ -46,7 +46,8 @@ class Live:
     def __init__(self, config: Config, first_step: int, place):
         """place.step, .phase, .first: where the loop is, as in watch.Watch. Without a terminal it does nothing."""
         self.config, self.first_step, self.place = config, first_step, place
-        self.record, self.left, self.at, self.losses = None, 0.0, time.monotonic(), deque(maxlen=12)
+        self.record: dict | None = None
+        self.left, self.at, self.losses = 0.0, time.monotonic(), deque(maxlen=12)
         self.stdout, self.stderr, self.on = sys.stdout, sys.stderr, lives(sys.stdout)
         self.blocks, self.sparks = UNICODE if knows_unicode(sys.stdout) else ASCII
         self.colour = not os.environ.get("NO_COLOR")

@@ -373,7 +373,7 @@ class _Job:
             raise BadText(str(error)) from None
         card["left_out"] = self.state["left_out"]
         if self.trained:
-            (self.place.dataset / RANKS).write_bytes(self.tokenizer.ranks_file())
+            (self.place.dataset / RANKS).write_bytes(self.tokenizer.ranks_file())  # type: ignore[attr-defined]  # a BPE
 
     def _write(self, pool: "_Pool"):
         from tqdm import tqdm
@@ -505,7 +505,7 @@ class _Pool:
         """warm: the workers start at once, and load this tokenizer while the text is scanned."""
         self.workers = workers
         # spawn, since a forked copy of a process with threads can hang.
-        spawn, tokenizer = multiprocessing.get_context("spawn"), warm and warm.to_json()
+        spawn, tokenizer = multiprocessing.get_context("spawn"), warm.to_json() if warm else None
         self.pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer,)) if workers > 1 else None
         for _ in range(workers if warm and self.pool else 0):
             self._submit(time.sleep, 0)
@@ -525,7 +525,7 @@ class _Pool:
         source = encoding[0]
         if not self.pool or len(order) < 2:
             for task, data in source.feed(order):
-                yield _encode(*encoding, task, data)
+                yield _encode(*encoding, task, data)  # type: ignore[call-arg]  # encoding is five of them
             return
         try:
             waiting = deque()
@@ -573,7 +573,8 @@ def _bundles(source: Source, order: np.ndarray):
 def _start_worker(tokenizer: dict | None):
     # A parent that is killed cannot end its workers, and they would wait for it for ever.
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)),  # type: ignore[func-returns-value]
+                     daemon=True).start()
     if tokenizer:
         from_json(tokenizer)
 
@@ -587,7 +588,8 @@ def _encoding(folder: Path) -> tuple:
 
 
 def _encode_bundle(folder: Path, bundle: list):
-    return [_encode(*_encoding(folder), task, data) for task, data in bundle]
+    return [_encode(*_encoding(folder), task, data)  # type: ignore[call-arg]  # as above
+            for task, data in bundle]
 
 
 def _encode(source: Source, tokenizer: Tokenizer, val: np.ndarray, size: int, skip_long: bool, task: Task, data) -> Result:

@@ -47,9 +47,9 @@ def read_metrics(folder: Path) -> list[dict]:
 
 def read_config(folder: Path) -> dict:
     """{section: {key: value}} of a run's config.yaml; {} where there is none. Raises UserError where it is damaged."""
-    from nanogpt.config import _read_yaml
+    from nanogpt.config import read_yaml
     path = folder / "config.yaml"
-    values = _read_yaml(path)[0] if path.exists() else {}
+    values = read_yaml(path)[0] if path.exists() else {}
     return {name: section for name, section in values.items() if isinstance(section, dict)}
 
 

@@ -23,7 +23,8 @@ import re
 import sys
 import unicodedata
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -257,7 +258,7 @@ class Source:
         self.errors, self.pairs, self.single = options.get("errors"), "pair" in options["kind"], False
         self.firsts = [0]         # number of the first document of each file, and of one more
         self.undecodable = set()  # numbers of those that were found in the scan, since they are tasks of their own
-        self._opened = None, None
+        self._opened: tuple[int | None, _Rows | _Bytes | None] = None, None
 
     @property
     def files(self) -> list[str]:
@@ -410,7 +411,7 @@ class Source:
         file, parts, at = self._files[task.file], self._data(task) if data is None else data, task.start
         separator = b"\n" if file.lines else self.separator or b""
         if not file.table:
-            parts = [parts] if task.documents == 1 else parts.split(separator)
+            parts = [parts] if task.documents == 1 else parts.split(separator)  # type: ignore[union-attr]  # bytes, of no table
         if len(parts) != task.documents:
             raise _changed(file)
         for number, part in enumerate(parts, task.first):
@@ -497,6 +498,7 @@ class Source:
                 if (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns):
                     continue
             return file.path
+        return None
 
 
 # ---- how a file is cut into tasks -----------------------------------------------------------------------------------
@@ -551,7 +553,7 @@ _CUT = re.compile(rb"[0-9A-Za-z\x80-\xbf](?=[ \n]|\xe3\x80[\x81\x82]|\xef\xbc\x8
 LOOK = 3  # bytes that the pattern may look ahead
 
 
-def _safe_cut(data: bytes, start: int, end: int) -> int:
+def _safe_cut(data: bytes | bytearray, start: int, end: int) -> int:
     """The first place in [start, end) where a text may be cut, -1 for none; 4 bytes before start are looked at."""
     for match in _CUT.finditer(data, max(0, start - 1)):
         cut = match.end()
@@ -749,4 +751,4 @@ def parse_line(line: bytes, columns: list[str], errors: str) -> str | tuple[str,
         found.append(text)
     if pair and not found[1]:
         raise ValueError("its completion is empty, so that there is nothing to learn")
-    return tuple(found) if pair else found[0]
+    return (found[0], found[1]) if pair else found[0]

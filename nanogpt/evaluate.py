@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import re
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 import torch

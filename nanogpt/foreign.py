@@ -36,7 +36,7 @@ def check_index(file: Path, path: str) -> int | None:
     if len(encodings) != 1 or not (found := ENCODING.fullmatch(f"{min(encodings)}")):
         raise UserError(f"{path}: its tokens are {' and '.join(sorted(map(str, encodings))) or 'none':.60}, and not all "
                         "ndarray of integers, or all bytes; convert the text again")
-    return found["length"] and int(found["length"])
+    return int(found["length"]) if found["length"] else None
 
 
 def ignore_other_columns(dataset):

@@ -8,7 +8,7 @@ import codecs
 import sys
 import warnings
 from pathlib import Path
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -198,7 +198,7 @@ class Continuation:
     done     nothing is added any more
     """
 
-    def __init__(self, tok: tokenizer.Tokenizer, stop: list[str], end: int | None):
+    def __init__(self, tok: tokenizer.Tokenizer, stop: list[str] | tuple[str, ...], end: int | None):
         self.tok, self.stop, self.end = tok, stop, end
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # bytes that end amid a character wait for the rest
         self.text, self.held, self.tokens, self.done = "", "", 0, False
@@ -248,8 +248,8 @@ class Text:
         texts = [row.text for row in rows]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def stream(self, prompts: list[str], max_new_tokens: int = 200, *, stop: str | list[str] = (), ignore_eot: bool = False,
-               seed: int | None = None, temperature: float = 0.8, top_k: int | None = 200, **filters) -> Iterator[list]:
+    def stream(self, prompts: list[str], max_new_tokens: int = 200, *, stop: str | list[str] | tuple[str, ...] = (),
+               ignore_eot: bool = False, seed: int | None = None, temperature: float = 0.8, top_k: int | None = 200, **filters) -> Iterator[list]:
         """Yields, after each step, a list with the Continuation of each prompt: the same objects, grown by a token.
 
         It ends when all are done: by end-of-text (unless ignore_eot), a stop string, or max_new_tokens. An empty prompt is

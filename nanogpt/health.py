@@ -127,7 +127,8 @@ class Vitals:
 
     def __init__(self, config: Config, model: GPT, tok):
         self.every = config.log.interval if config.log.health == "full" else 0
-        self.model, self.weights = model, None
+        self.model = model
+        self.weights: list[list[torch.Tensor]] | None = None
         self.separate = separate_documents(config.model, tok)  # a mask that can be looked at
         # Hooks, in what is compiled, would compile it anew.
         self.eager = (lambda: torch.compiler.set_stance("force_eager")) if config.train.compile else contextlib.nullcontext
@@ -159,7 +160,7 @@ def local_weights(model: GPT) -> list[list[torch.Tensor]]:
 
 def norms(model: GPT, local: list[list[torch.Tensor]]) -> list[float]:
     """The 2-norm of each list of this rank's parts, taken together with those of the ranks that hold the rest."""
-    mesh = next(model.parameters()).device_mesh
+    mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]  # a DTensor, as fully_shard makes it
     squares = torch.stack([torch.nn.utils.get_total_norm(part).square() for part in local])
     if mesh.size(-1) > 1:
         dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
@@ -175,7 +176,8 @@ def look_inside(model: GPT, x: torch.Tensor, positions=None, mask=None) -> dict:
     blocks, device = model.transformer.h, x.device
     squares = torch.zeros(len(blocks), 2, dtype=torch.float64, device=device)      # sum and count
     logits = torch.full((len(blocks),), -math.inf, device=device)
-    fired, hooks = [None] * len(blocks), []
+    fired: list[torch.Tensor] = [None] * len(blocks)
+    hooks: list = []
 
     def watch(i, block):
         def attention(attn, args):
@@ -204,12 +206,12 @@ def look_inside(model: GPT, x: torch.Tensor, positions=None, mask=None) -> dict:
         for module in model.modules():  # without a backward, fully_shard would leave some weights whole
             if isinstance(module, FSDPModule):
                 module.reshard()
-    fired = torch.stack(fired).float()                                             # (blocks, units)
+    alive = torch.stack(fired).float()                                             # (blocks, units)
     dist.all_reduce(squares)
-    for most in (logits, fired):
+    for most in (logits, alive):
         dist.all_reduce(most, dist.ReduceOp.MAX)
     return {"health/activation_rms": (squares[:, 0] / squares[:, 1]).sqrt().tolist(),
-            "health/attention_logit_max": logits.tolist(), "health/dead_units": (1 - fired.mean(1)).tolist()}
+            "health/attention_logit_max": logits.tolist(), "health/dead_units": (1 - alive.mean(1)).tolist()}
 
 
 def largest_logit(attn, x: torch.Tensor, rope=None, mask=None) -> torch.Tensor:

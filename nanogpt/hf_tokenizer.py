@@ -51,7 +51,7 @@ def tokenizer_files(tokenizer, block_size: int) -> dict[str, str]:
     return files | {"tokenizer.json": encoder.to_str(pretty=True), "tokenizer_config.json": as_json(said)}
 
 
-def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], specials: list[str], pattern: str | None = None,
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, ...]], specials: list[str], pattern: str | None = None,
                 ignore_merges: bool = False):
     """A tokenizers.Tokenizer that cuts text by `pattern` (None: GPT-2's) and merges as listed.
 
@@ -69,8 +69,11 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], specials: 
     return encoder
 
 
-def _written(piece: bytes, of_byte={byte: character for character, byte in byte_table().items()}) -> str:
-    return "".join(of_byte[byte] for byte in piece)
+OF_BYTE = {byte: character for character, byte in byte_table().items()}
+
+
+def _written(piece: bytes) -> str:
+    return "".join(OF_BYTE[byte] for byte in piece)
 
 
 def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes] | None:

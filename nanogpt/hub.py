@@ -35,7 +35,7 @@ class HuggingFace(Inputs):
         self.prefix = f"hf://datasets/{self.name}@{commit}/"
 
     @functools.cached_property
-    def _files(self) -> list[File]:
+    def _files(self) -> list[File]:  # type: ignore[override]  # an attribute elsewhere
         """The data files of the split, by the rules of `datasets`: looked for when somebody asks, since it takes seconds."""
         from datasets import DownloadConfig, load_dataset_builder
         from datasets.packaged_modules.parquet.parquet import Parquet
@@ -70,7 +70,7 @@ class HuggingFace(Inputs):
                                                         revision=self.options["revision"])]
         except Exception as error:  # of whichever HTTP library
             raise UserError(f"{self.name}: cannot be listed ({one_line(error)}); the same command tries again") from None
-        return {info.path: info.size for info in infos}
+        return {info.path: info.size for info in infos}  # type: ignore[union-attr]  # of files, no folders
 
     def scan(self, val_fraction, cuttable, progress=True):
         files = self._files

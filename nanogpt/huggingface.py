@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class _GPT2(_Theirs):
     n_layer: Size = 12
     n_head: Size = 12
     n_inner: Size | None = None
-    activation_function: Literal[tuple(GELUS)] = "gelu_new"
+    activation_function: Literal[tuple(GELUS)] = "gelu_new"  # type: ignore[valid-type]
     layer_norm_epsilon: Epsilon = 1e-5
     scale_attn_weights: Literal[True] = True
     scale_attn_by_inverse_layer_idx: Literal[False] = False
@@ -138,7 +138,7 @@ class _Qwen3(_Llama):
         return super().ours() | dict(qk_norm=True)
 
 
-KINDS = {"gpt2": _GPT2, "llama": _Llama, "qwen3": _Qwen3}
+KINDS: dict[str, type[_GPT2] | type[_Llama]] = {"gpt2": _GPT2, "llama": _Llama, "qwen3": _Qwen3}
 
 
 def read_config(file: Path) -> Model:
@@ -344,7 +344,7 @@ def _download(name: str) -> Path:
         except UserError as error:
             found = None, str(error)
     if not alone:
-        of_rank = [None] * dist.get_world_size()
+        of_rank: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
         dist.all_gather_object(of_rank, found)
         problem = next((problem for _, problem in of_rank if problem), None)
         found = of_rank[dist.get_rank() - local_rank][0], problem
@@ -356,7 +356,7 @@ def _download(name: str) -> Path:
 def _snapshot(name: str, revision: str) -> str:
     from huggingface_hub import HfApi, errors, snapshot_download
     where = f"hf:{name}{revision and '@'}{revision}"
-    wanted = dict(repo_id=name, revision=revision or None)
+    wanted: dict[str, Any] = dict(repo_id=name, revision=revision or None)
     try:
         with refusals(where, "model"):
             try:
@@ -385,6 +385,7 @@ def their_config(c: Model, eot: int | None, precision: str) -> dict:
     """config.json for a model of ours. Raises UserError that names the settings which no model of theirs has."""
     H, K, D = c.heads
     filled = c.filled()
+    wanted: dict[str, list]
     if c.position == "learned":
         kind, wanted = "GPT2LMHeadModel", dict(
             norm=["layernorm"], mlp=["gelu", "gelu_tanh"], qk_norm=[False], n_kv_head=[H], n_embd=[H * D])

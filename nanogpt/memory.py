@@ -10,6 +10,7 @@ import contextlib
 import math
 from bisect import bisect_right
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ def element(c: Config) -> int:
     return 2 if c.train.precision == "bfloat16" else 4
 
 
-def activations(c: Config, cuda: bool = True) -> int:
+def activations(c: Config, cuda: bool = True) -> float:
     """Bytes that a micro-batch leaves for its backward, without the loss."""
     m, e = c.model, element(c)
     block = sum(n for _, n, modes in kept(c, cuda) if c.sharding.activation_checkpointing[0] in modes)
@@ -220,7 +221,7 @@ def check(c: Config, device: torch.device, world_size: int, local_world_size: in
 def remedy(c: Config, world_size: int, local_world_size: int, room: int, cuda: bool) -> str:
     """What to change so that the peak is within nine tenths of room: the first that does."""
     more = MODES[MODES.index(c.sharding.activation_checkpointing) + 1:]
-    ways = [{}, *(dict(activation_checkpointing=mode) for mode in more)]
+    ways: list[dict[str, Any]] = [{}, *(dict(activation_checkpointing=mode) for mode in more)]
     shard = [] if c.sharding.strategy == "full" or world_size == 1 else [dict(strategy="full", shard_size=None)]
     for way in [*ways, *(a | b for b in shard for a in ways), *([dict(cpu_offload=True)] if cuda else [])]:
         other = changed(c, **way)

@@ -69,7 +69,9 @@ class Meter:
         self.config, self.device, self.world_size, self.writes = config, device, world_size, writes
         self.flops_per_token, self.recomputed, self.peak = flops_per_token, recomputed, peak_flops(device)
         self.clock, self.warm = state["clock"], False
-        self.text, self.trackers, self.live = None, None, None
+        self.text: Lines | None = None
+        self.trackers: Trackers | None = None
+        self.live: Live | None = None
         self.last_step = config.max_steps
         self.era = state["data_history"][-1]  # since then, tokens follow from the config
 
@@ -192,3 +194,4 @@ class Meter:
         if self.writes and self.text:
             problems = self.trackers.close(), self.text.close()
             return problems[0] or problems[1]
+        return None

@@ -6,6 +6,7 @@ rotary positions, RMSNorm, SwiGLU, keys and values shared by several heads, an u
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -183,7 +184,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         rows = padded(config.vocab_size)
-        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(rows, config.n_embd)))
+        self.transformer: Any = nn.ModuleDict(dict(wte=nn.Embedding(rows, config.n_embd)))
         if config.position == "learned":
             self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.transformer.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))

@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from nanogpt.config import Config, Optim
+from nanogpt.model import GPT, Block
 
 
-def make_optimizer(model: torch.nn.Module, c: Optim) -> torch.optim.AdamW:
+def make_optimizer(model: GPT, c: Optim) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019), one fused kernel for all parameters; matrices decay, vectors do not.
 
     c.name muon: the matrices of the blocks by Muon, and only embeddings, head and vectors by AdamW. In each group,
@@ -34,7 +35,7 @@ def make_optimizer(model: torch.nn.Module, c: Optim) -> torch.optim.AdamW:
     return kind(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=1e-8, fused=True)
 
 
-def heights(block: torch.nn.Module, p: torch.Tensor) -> tuple[int, ...]:
+def heights(block: Block, p: torch.Tensor) -> tuple[int, ...]:
     """Rows of the matrices that stand on top of one another in p: those of queries, keys and values; of gate and values."""
     if p is block.attn.c_attn.weight:
         return block.attn.widths

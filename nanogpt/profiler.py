@@ -26,7 +26,7 @@ def profiled(steps: range, config: Config, device: torch.device, meter: Meter, g
     A large trace takes minutes to write: guard is told, as of a save, and the other ranks wait.
     """
     first, last = config.log.profile or (0, 0)
-    wanted, trace = range(first - 1, last) if meter.writes else (), None
+    wanted, trace = range(first - 1, last) if meter.writes else range(0), None
     try:
         for step in steps:
             if trace is None and (step in wanted or step + 1 in wanted):  # the step before warms the profiler up

@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def init_process_group(config: Config) -> torch.device:
         raise UserError(f"{local_world_size} ranks on this machine, and {torch.cuda.device_count()} GPUs: start "
                         "torchrun with --nproc_per_node gpu")
     # watch.py is quicker than this, once the first step is done.
-    group = dict(timeout=timedelta(seconds=config.run.first_timeout_s))
+    group: dict[str, Any] = dict(timeout=timedelta(seconds=config.run.first_timeout_s))
     if alone:
         group |= dict(store=dist.HashStore(), rank=0, world_size=1)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -124,10 +124,11 @@ class Weights:
             self.source = huggingface.Source(path)
             self.model = self.source.config
         else:
-            self.source, self.path = None, agreed(lambda: checkpoint.find(path))  # that run may save another one just now
-            checkpoint.verify(self.path)
-            state = checkpoint.read_state(self.path)
-            self.model, self.tokenizer = checkpoint.model_of(self.path, state), state["tokenizer"]
+            found = agreed(lambda: checkpoint.find(path))  # that run may save another one just now
+            self.source, self.path = None, found
+            checkpoint.verify(found)
+            state = checkpoint.read_state(found)
+            self.model, self.tokenizer = checkpoint.model_of(found, state), state["tokenizer"]
 
     def check_tokenizer(self, tok, data: str, warnings: list[str]):
         """Raises UserError unless `tok`, that of the data, gives the ids that the weights know."""

@@ -17,6 +17,7 @@ import os
 import sys
 import types
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -131,10 +132,10 @@ class PairWriter:
     def __init__(self, folder: Path, card: dict, state: dict | None = None):
         """state: what state() said when the conversion was interrupted."""
         self.size, self.padding = card["block_size"] + 1, np.array(~card["tokenizer"]["eot"], PAIRS)
-        state = state or dict.fromkeys(self.COUNTS, 0) | dict(rest=[], shards=None)
+        state = state or {**dict.fromkeys(self.COUNTS, 0), "rest": [], "shards": None}
         self.row, self.used = np.full(self.size, self.padding), len(state["rest"])  # the next sample, and how much is taken
         self.row[:self.used] = state["rest"]
-        self.__dict__ |= {key: state[key] for key in self.COUNTS}
+        self.tokens, self.targets, self.samples, self.documents, self.bytes = (state[key] for key in self.COUNTS)
         self.shards = ShardWriter(folder, card, state["shards"])
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, documents: int, n_bytes: int):
@@ -194,7 +195,8 @@ class ShardWriter:
         self.config_bytes = json.dumps(self.config, sort_keys=True).encode()
         room = SHARD_BYTES - 8 - len(self.config_bytes)
         self.full = max(1, room // (self.sample_bytes + 4))  # samples of a shard that is not the last
-        self.shards, self.samples, self.file = [], 0, None  # finished ones; samples in the open one
+        self.file: BinaryIO | None = None
+        self.shards, self.samples = [], 0  # finished ones; samples in the open one
         self.needed = []  # open files that only the last state needs
         folder.mkdir(parents=True, exist_ok=True)
         if state:

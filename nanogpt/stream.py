@@ -16,6 +16,7 @@ import math
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,8 @@ def inputs_and_targets(tokens: torch.Tensor, block: int = -1) -> tuple[torch.Ten
     With a block that divides T, both are cut into (B * T / block, block).
     """
     x, y = torch.maximum(tokens, ~tokens)[:, :-1], tokens[:, 1:]
-    return tuple(z if block == -1 else z.reshape(-1, block) for z in (x, y.masked_fill(y < 0, IGNORE)))
+    y = y.masked_fill(y < 0, IGNORE)
+    return (x, y) if block == -1 else (x.reshape(-1, block), y.reshape(-1, block))
 
 
 @lru_cache(maxsize=2)
@@ -348,7 +350,7 @@ class TrainStream:
     def identity(self) -> dict:
         """All that decides which sequences a step sees. A run is resumed only where this is unchanged."""
         if len(self.splits) > 1:
-            several = {"data.mixture": self.data.mixture, "number of datasets": len(self.splits)}
+            several: dict[str, Any] = {"data.mixture": self.data.mixture, "number of datasets": len(self.splits)}
             for i, split in enumerate(self.splits):
                 several |= {f"data.train.{i} index.json sha256": split.index_sha256,
                             f"data.train.{i} samples per epoch": split.samples,

@@ -75,12 +75,15 @@ class Tokenizer:
         self.vocab_size = len(pieces)
         self.eot = next((i for i, special in specials.items() if special == END_OF_TEXT), None)
         self.bos = None
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.dtype: np.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         identity = json.dumps([rule, [piece.hex() for piece in pieces], sorted(specials.items())])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self.pieces, self.specials = pieces, specials
         # What decode shows: special tokens by name, and U+FFFD for the few ids that some vocabularies leave unused.
         self._shown = [piece or specials.get(i, "\ufffd").encode() for i, piece in enumerate(pieces)]
+
+    def _encode(self, text: str) -> np.ndarray:
+        raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (n,) of type self.dtype. A literal <|endoftext|> stays text. UserError: text that has no ids."""
@@ -454,7 +457,7 @@ def _read_ranks(path: str) -> dict[bytes, int]:
     return ranks
 
 
-def _from_ranks(name: str, ranks: dict[bytes, int], where: str) -> Tokenizer:
+def _from_ranks(name: str, ranks: dict[bytes, int], where: str) -> BPETokenizer:
     """A tokenizer of ranks (bytes -> id) with GPT-2's split pattern, and end-of-text after the last rank."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str

@@ -59,7 +59,8 @@ class Wandb:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
         self.run = wandb.init(project=config.log.wandb_project, name=config.run.name, id=id_file.read_text().strip(),
-                              dir=str(config.run_dir), mode=config.log.wandb, config=config.model_dump(),
+                              dir=str(config.run_dir), mode=config.log.wandb,  # type: ignore[arg-type]  # never off, here
+                              config=config.model_dump(),
                               resume="allow" if config.log.wandb == "online" else None)
 
     def log(self, scalars: dict, step: int):
@@ -110,7 +111,8 @@ class Lines:
     """
 
     def __init__(self, path: Path):
-        self.path, self.waiting, self.problem = path, b"", None
+        self.path, self.waiting = path, b""
+        self.problem: str | None = None
         self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def write(self, line: str):

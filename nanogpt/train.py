@@ -135,13 +135,13 @@ def train(config: Config, device: torch.device) -> dict:
         guard.at(step + 1, "compute")
         if world_size > 1:
             dist.all_reduce(count)
-        count = count.clamp(min=1)  # all of it prompts: nothing to learn
+        count = count.clamp(min=1)  # type: ignore[union-attr]  # all of it prompts: nothing to learn
         loss = torch.zeros((), device=device)
         for i, (x, y) in enumerate(tokens):                                      # x, y: (micro_batch_size, block_size)
             if accumulation > 1:
                 last = i == accumulation - 1
-                model.set_requires_gradient_sync(last or config.sharding.syncs_each)
-                model.set_requires_all_reduce(last)  # of hybrid's replicas
+                model.set_requires_gradient_sync(last or config.sharding.syncs_each)  # type: ignore[operator]  # of FSDPModule
+                model.set_requires_all_reduce(last)  # type: ignore[operator]  # of hybrid's replicas
             part = model(x, y, *separate(x)) / count
             part.backward()
             loss += part.detach()
@@ -152,8 +152,9 @@ def train(config: Config, device: torch.device) -> dict:
 
         # What is not finite never reaches the weights: the optimizer then leaves everything as it is. The host learns
         # of it when it next looks. And it divides by grad_scale, so that clipping (as clip_grad_norm_) takes no pass of its own.
-        optimizer.found_inf = numbers.see(step, loss, norm)
-        optimizer.grad_scale = ((norm + 1e-6) / config.optim.grad_clip).clamp(min=1) if config.optim.grad_clip else None
+        optimizer.found_inf = numbers.see(step, loss, norm)  # type: ignore[attr-defined]  # as GradScaler does
+        scale = ((norm + 1e-6) / config.optim.grad_clip).clamp(min=1) if config.optim.grad_clip else None
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
         vitals.before(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -294,7 +295,7 @@ def room_for(config: Config, device: torch.device, warnings: list[str]) -> str:
     ranks, local_ranks = dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
     room = torch.tensor(memory.room(device, local_ranks), device=device)
     dist.all_reduce(room, dist.ReduceOp.MIN)
-    line, warning = memory.check(config, device, ranks, local_ranks, room.item())
+    line, warning = memory.check(config, device, ranks, local_ranks, int(room.item()))
     if warning and dist.get_rank() == 0:
         warn(warnings, warning)
     return line

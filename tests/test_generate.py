@@ -297,7 +297,7 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
     common = ["--hf", str(tmp_path / "hf"), "--max-new-tokens", "9", "--temperature", "0.9", "--top-p", "0.9", "--min-p",
               "0.01", "--ignore-eot", "--repetition-penalty", "1.1", "--stop", "zz", "--seed", "5", "--device", "cpu"]
     options = dict(max_new_tokens=9, temperature=0.9, top_p=0.9, min_p=0.01, repetition_penalty=1.1, ignore_eot=True, seed=5)
-    done = subprocess.run([sys.executable, tool, *common, "--prompt", "-"], input="piped in".encode(), capture_output=True)
+    done = subprocess.run([sys.executable, tool, *common, "--prompt", "-"], input=b"piped in", capture_output=True)
     assert done.stdout.decode() == f"piped in{text.generate('piped in', **options)}\n{'-' * 20}\n"
     assert done.stderr.decode().startswith("9 tokens: the first after ") and done.stderr.endswith(b" tokens/s\n")
 

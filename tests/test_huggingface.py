@@ -495,9 +495,9 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def answer(self, body, status=200, headers={}):
+    def answer(self, body, status=200, headers=()):
         self.send_response(status)
-        headers = {"Content-Length": str(len(body)), "ETag": f'"{hash(self.path)}"', "X-Repo-Commit": "5" * 40} | headers
+        headers = {"Content-Length": str(len(body)), "ETag": f'"{hash(self.path)}"', "X-Repo-Commit": "5" * 40} | dict(headers)
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()

@@ -119,6 +119,7 @@ class Cluster:
         self.daemons[node].kill()
         for pid in self.processes(node):
             kill(pid)
+        self("scontrol", "update", f"node={node}", "state=down", "reason=plug")  # as SLURM itself would find, in time
 
     def stop(self):
         if "slurmctld" in self.daemons:

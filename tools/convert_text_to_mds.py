@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, run
 
 
 def add_shared(parser: Parser, val_fraction: float, column: str):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Parser, UserError, die_with_torchrun, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, die_with_torchrun, run
 
 
 def main():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, run
 
 
 def main():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, run
 
 WIDTH = 240  # characters of a sequence that are shown without --full: its beginning and its end
 HISTOGRAM = 1 << 28  # bytes of each split whose documents are measured, unless all are asked for
@@ -630,8 +630,8 @@ def open_stream(here: Path, values: dict, first_step: int, step: int, data: str 
 
 def read_config(path: Path) -> dict | None:
     """config.yaml of a run; None: there is none."""
-    from nanogpt.config import _read_yaml
-    return _read_yaml(path)[0] if path.exists() else None
+    from nanogpt.config import read_yaml
+    return read_yaml(path)[0] if path.exists() else None
 
 
 def show_metrics(run_folder: Path, step: int, state: dict | None):

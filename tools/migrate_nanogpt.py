@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Help, Parser, UserError, run
 
 # What nanoGPT's train.py has where nobody says otherwise. (bfloat16: or float16, on a GPU without it.)
 DEFAULTS = dict(

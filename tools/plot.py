@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,  # noqa: E402
+from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,
                             read_config, read_metrics, shown, smoothed, thinned)
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
-from nanogpt.words import short  # noqa: E402
+from nanogpt.errors import Parser, UserError, run
+from nanogpt.words import short
 
 PANELS = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
 BINS = 1000  # of a long run: more is not to be seen, and makes an SVG slow

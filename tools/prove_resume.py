@@ -359,8 +359,8 @@ def make_data(folder: Path, choose: random.Random, steps: int) -> tuple[Path, li
     kind = choose.choice(["one dataset", "a random mixture", "a stratified mixture"])
     made = []
     words = steps * BATCH * BLOCK // 18  # of 6 characters
-    for name, words, stride in (("a", words, BLOCK), ("b", words // 4, BLOCK * 5 // 8))[:1 if kind == "one dataset" else 2]:
-        drawn = (f"{choose.choice(('yes', 'no', 'not', 'one', 'all'))}{choose.randrange(1000)}" for _ in range(words))
+    for name, count, stride in (("a", words, BLOCK), ("b", words // 4, BLOCK * 5 // 8))[:1 if kind == "one dataset" else 2]:
+        drawn = (f"{choose.choice(('yes', 'no', 'not', 'one', 'all'))}{choose.randrange(1000)}" for _ in range(count))
         text = " ".join(drawn)
         (folder / f"{name}.txt").write_text(text)
         made.append(folder / name)

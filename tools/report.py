@@ -26,10 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,  # noqa: E402
+from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,
                             read_config, read_metrics, settings, shown, smoothed, thinned)
-from nanogpt.errors import Parser, UserError, one_line, run  # noqa: E402
-from nanogpt.words import duration, short  # noqa: E402
+from nanogpt.errors import Parser, UserError, one_line, run
+from nanogpt.words import duration, short
 
 CELLS = 300_000  # numbers in a page, all curves of all runs together: 2 MB or so, and quick to draw
 SEED, TEMPERATURE, LENGTH = 1337, 0.8, 240  # of samples

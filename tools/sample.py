@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Parser, UserError, run  # noqa: E402
-from nanogpt.sampling import Sampling  # noqa: E402
+from nanogpt.errors import Parser, UserError, run
+from nanogpt.sampling import Sampling
 
 
 def main():
