@@ -30,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, with the errors of all ranks
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from nanogpt.config import Model, Train
@@ -501,8 +501,17 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         if name in self.ALLOWED.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # so Python 3.11.0 to 3.11.3 pickle a member of an enum
+            return self.member
         raise UserError(f".metadata: names {module + '.' + name!r:.100}, which no checkpoint of ours holds; it is refused "
                         "unread")
+
+    @staticmethod
+    def member(kind, name):
+        """Of DCP's own enum alone: getattr itself would reach anything."""
+        if kind is not _MEM_FORMAT_ENCODING or name not in kind.__members__:
+            raise UserError(".metadata: names 'builtins.getattr', of what no checkpoint of ours holds; it is refused unread")
+        return kind[name]
 
 
 def _write(path: Path, text: str):

@@ -56,6 +56,30 @@ def proven(load, trace):
     trace.rmdir()
 
 
+class Member:
+    """What it is pickled as: Python 3.11.0 to 3.11.3 do so with members of enums."""
+
+    def __init__(self, kind, name):
+        self.of = kind, name
+
+    def __reduce__(self):
+        return getattr, self.of
+
+
+def test_getattr_reaches_members_of_one_enum_alone():
+    import io
+
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as FORMATS
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    def load(what):
+        return checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(what))).load()
+    assert load(Member(FORMATS, "TORCH_CONTIGUOUS_FORMAT")) is FORMATS.TORCH_CONTIGUOUS_FORMAT
+    for kind, name in ((FORMATS, "__class__"), (FORMATS, "mro"), (Metadata, "__init__")):
+        with pytest.raises(UserError, match="names 'builtins.getattr'"):
+            load(Member(kind, name))
+
+
 def refused(said, function, *args):
     with pytest.raises(UserError, match=said) as caught:
         function(*args)
