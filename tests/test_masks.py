@@ -129,7 +129,7 @@ def compiled_steps(checkpointing: str, blocks: bool):
     dist.init_process_group("gloo")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = Config(model=BLOCKS, train=dict(precision="float32"), sharding=dict(activation_checkpointing=checkpointing))
+    config = Config(model=BLOCKS, train=dict(precision="float32", compile=True), sharding=dict(activation_checkpointing=checkpointing))
     compile, found = Block.compile, []
     with ON_ANY_DEVICE, mock.patch.object(Block, "compile", lambda block: compile(block, backend="aot_eager")):
         model, separate = build(config, torch.device("cpu")), separate_documents(config.model, TOK, blocks)
