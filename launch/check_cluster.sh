@@ -14,21 +14,13 @@ python=$(command -v python3 || command -v python)
 exec "$python" "$root/launch/check_cluster.sh" "$@"
 ":"""
 
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.cluster import main  # noqa: E402
-from nanogpt.errors import die_with_torchrun, run  # noqa: E402
+from nanogpt.errors import run_rank  # noqa: E402
 
 if __name__ == "__main__":
-    die_with_torchrun()
-    try:
-        run(main)
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    sys.stdout.flush()
-    os._exit(status)  # threads that listen have no end
+    run_rank(main)

@@ -14,20 +14,17 @@ python=$(command -v python3 || command -v python)
 exec "$python" "$root/launch/train.sh" "$@"
 ":"""
 
-import atexit
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import PeerLost, Stopped, UserError, die_with_torchrun, one_line, report, run  # noqa: E402
+from nanogpt.errors import PeerLost, Stopped, UserError, one_line, report, run_rank  # noqa: E402
 
 
 def local_gpus() -> int:
@@ -151,18 +148,4 @@ def tell_torchrun(line: str):
 
 
 if __name__ == "__main__":
-    die_with_torchrun()
-    try:
-        run(one_voice)
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    # Threads that read ahead, or listen, may be within C++ code, where the interpreter's own end would abort the process.
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # `… | head`
-            stream.flush()
-    os._exit(status)
+    run_rank(one_voice)

@@ -25,7 +25,7 @@ from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
-from nanogpt.errors import Help, Parser, UserError, one_line, report
+from nanogpt.errors import Parser, UserError, one_line, report
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
@@ -60,7 +60,6 @@ def main(argv: list[str] | None = None):
 Settings of the network, in the environment of every node alike:
 
 """ + "\n".join(f"    {name:32}{meaning}" for name, meaning in SETTINGS.items()))
-    parser.formatter_class = Help
     parser.add_argument("--folder", nargs="+", metavar="DIR", default=["runs"], help="where runs will be: the speed of its "
                         "disk, and whether all nodes see the same")
     parser.add_argument("--local-folder", nargs="+", metavar="DIR", default=[], help="the speed of those that each node has "

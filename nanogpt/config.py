@@ -271,6 +271,9 @@ class Train(Section):
     max_skipped_steps: Few = Field(0, description="steps of the whole run that may be left out because their loss or "
                                    "gradient is not finite; one more stops it")
 
+    def compiles(self, cuda: bool) -> bool:
+        return cuda if self.compile is None else self.compile
+
     @property
     def _ramp(self) -> list[int]:
         return self.batch_schedule.sums if self.batch_schedule else [0]

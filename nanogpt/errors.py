@@ -1,9 +1,13 @@
 """How every command ends when its user has to mend something: one line a problem on stderr, a status, no traceback."""
 
 import argparse
+import atexit
+import contextlib
 import os
 import signal
 import sys
+import traceback
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -45,6 +49,17 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+@contextlib.contextmanager
+def written_whole(out: Path):
+    """Yields a path beside `out`, with its ending, to be written to; then it takes the place of `out`. Raises UserError."""
+    aside = out.with_name(f".{out.stem}.partial{out.suffix}")
+    try:
+        yield aside
+        os.replace(aside, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); take another --out") from None
+
+
 def report(error):
     """Prints each line of a UserError to stderr as `error: …`."""
     for line in str(error).splitlines():
@@ -75,6 +90,27 @@ def run(main):
     except ModuleNotFoundError as error:
         report(f"{error.name} is not installed for {sys.executable}; bash launch/quickstart.sh sets up everything")
         sys.exit(1)
+
+
+def run_rank(main):
+    """run, for what torchrun starts: it ends with torchrun, and at once.
+
+    Threads that read ahead, or listen, may be within C++ code, where the interpreter's own end would abort the process.
+    """
+    die_with_torchrun()
+    try:
+        run(main)
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # `… | head`
+            stream.flush()
+    os._exit(status)
 
 
 def die_with_torchrun():

@@ -21,12 +21,12 @@ import statistics
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from nanogpt.config import Config
 from nanogpt.errors import UserError
 from nanogpt.meter import Meter
-from nanogpt.model import GPT, rotate, separate_documents
+from nanogpt.model import GPT, separate_documents
+from nanogpt.sharding import norms, reshard
 from nanogpt.stream import TrainStream
 
 
@@ -145,7 +145,7 @@ class Vitals:
         now, before, self.weights = local_weights(self.model), self.weights, None
         for olds, news in zip(before, now):
             torch._foreach_sub_(olds, news)
-        weight, update = norms(self.model, now), norms(self.model, before)
+        weight, update = norms(self.model, now).tolist(), norms(self.model, before).tolist()
         del before
         with self.eager():
             inside = look_inside(self.model, x, *self.separate(x))
@@ -156,15 +156,6 @@ class Vitals:
 def local_weights(model: GPT) -> list[list[torch.Tensor]]:
     """Of each block, what this rank holds of its parameters."""
     return [[p.detach().to_local() for p in block.parameters()] for block in model.transformer.h]
-
-
-def norms(model: GPT, local: list[list[torch.Tensor]]) -> list[float]:
-    """The 2-norm of each list of this rank's parts, taken together with those of the ranks that hold the rest."""
-    mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]  # a DTensor, as fully_shard makes it
-    squares = torch.stack([torch.nn.utils.get_total_norm(part).square() for part in local])
-    if mesh.size(-1) > 1:
-        dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
-    return squares.sqrt().tolist()
 
 
 @torch.no_grad()
@@ -203,9 +194,7 @@ def look_inside(model: GPT, x: torch.Tensor, positions=None, mask=None) -> dict:
         for hook in hooks:
             hook.remove()
         model.train(training)
-        for module in model.modules():  # without a backward, fully_shard would leave some weights whole
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
     alive = torch.stack(fired).float()                                             # (blocks, units)
     dist.all_reduce(squares)
     for most in (logits, alive):
@@ -216,11 +205,7 @@ def look_inside(model: GPT, x: torch.Tensor, positions=None, mask=None) -> dict:
 
 def largest_logit(attn, x: torch.Tensor, rope=None, mask=None) -> torch.Tensor:
     """x (B, T, n_embd): what the attention gets -> the greatest of what its softmax would get; one sequence at a time."""
-    q, k, _ = (y.view(*x.shape[:2], -1, attn.head_dim).transpose(1, 2) for y in attn.c_attn(x).split(attn.widths, -1))
-    if attn.q_norm is not None:
-        q, k = attn.q_norm(q), attn.k_norm(k)
-    if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
+    q, k, _ = attn.by_head(x, rope)
     k = k.repeat_interleave(q.size(1) // k.size(1), 1)                             # (B, heads, T, head)
     seen = torch.ones(*[x.size(1)] * 2, dtype=torch.bool, device=x.device).tril()[None, None] if mask is None else mask
     return torch.stack([(q[b].float() @ k[b].float().mT).masked_fill(~seen[b % len(seen)], -math.inf).amax()

@@ -66,7 +66,7 @@ def moments(c: Config, name: str, shape) -> int:
 
 def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
     """What autograd keeps of a block: (tensor, bytes a token, in which of MODES, by their first letters)."""
-    m, (H, K, D), compiled = c.model, c.model.heads, cuda if c.train.compile is None else c.train.compile
+    m, (H, K, D), compiled = c.model, c.model.heads, c.train.compiles(cuda)
     e, C, M, T = element(c), m.n_embd, m.mlp_width, m.block_size
     apart = not (cuda or compiled)                                # then nn.RMSNorm keeps its input and result in float32
     rms = 8 if e == 2 else 4

@@ -117,13 +117,19 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None  # Henry et al., 2020
         self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x, rope=None, mask=None, cache=None):
+    def by_head(self, x, rope=None):
+        """x (B, T, n_embd) -> q (B, n_head, T, head), k and v (B, n_kv_head, T, head)."""
         B, T, C = x.shape
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in self.c_attn(x).split(self.widths, -1))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
+
+    def forward(self, x, rope=None, mask=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.by_head(x, rope)
         if cache is not None:
             k, v = cache.append(k, v)                                              # those of all tokens so far
         dropout = self.dropout if self.training else 0.0

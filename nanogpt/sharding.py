@@ -86,6 +86,24 @@ def shard(model: GPT, config: Config, device_type: str):
             module.set_force_sum_reduction_for_comms(True)
 
 
+def norms(model: GPT, local: list[list[torch.Tensor]]) -> torch.Tensor:
+    """(lists,): of each list of this rank's parts the 2-norm, together with those of the ranks that hold the rest."""
+    mesh = next(model.parameters()).device_mesh  # type: ignore[attr-defined]  # a DTensor, as fully_shard makes it
+    found = torch.stack([torch.nn.utils.get_total_norm(parts) for parts in local])
+    if mesh.size(-1) > 1:  # ranks that have one part each
+        squares = found.square()
+        dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
+        found = squares.sqrt()
+    return found
+
+
+def reshard(model: GPT):
+    """After a forward without a backward, which would leave some weights whole."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def checkpoint_activations(block: torch.nn.Module, selective: bool):
     """The block's activations are recomputed in backward (Chen et al., 2016); selective: but for those of matmuls."""
     context = {}

@@ -83,6 +83,7 @@ class Tokenizer:
         self._shown = [piece or specials.get(i, "\ufffd").encode() for i, piece in enumerate(pieces)]
 
     def _encode(self, text: str) -> np.ndarray:
+        """Ids (n,). Each kind of tokenizer has its own."""
         raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:

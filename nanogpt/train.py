@@ -17,7 +17,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from nanogpt import checkpoint, memory, tokenizer, watch
 from nanogpt.config import Config
@@ -31,7 +30,7 @@ from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.profiler import profiled
 from nanogpt.ranks import init_process_group
 from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape, warn
-from nanogpt.sharding import build
+from nanogpt.sharding import build, norms, reshard
 from nanogpt.stream import Split, TrainStream, inputs_and_targets
 
 
@@ -42,8 +41,7 @@ def train(config: Config, device: torch.device) -> dict:
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     guard = watch.Watch(config.run)
-    if config.train.compile is None:
-        config.train.compile = device.type == "cuda"
+    config.train.compile = config.train.compiles(device.type == "cuda")
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
     warnings = []
@@ -240,12 +238,7 @@ def due(done: int, interval: int) -> bool:
 def gradient_norm(model) -> torch.Tensor:
     """The 2-norm of the whole gradient, over all ranks; a scalar on the device."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm, mesh = torch.nn.utils.get_total_norm([grad.to_local() for grad in grads]), grads[0].device_mesh
-    if mesh.size(-1) > 1:  # ranks that have one part each
-        squares = norm.square()
-        dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
-        norm = squares.sqrt()
-    return norm
+    return norms(model, [[grad.to_local() for grad in grads]])[0]
 
 
 @torch.no_grad()
@@ -265,9 +258,7 @@ def evaluate(model, splits: list[Split], config: Config, token_bytes: torch.Tens
             nats = model(x, y, *separate(x)).double()
             sums[i] += torch.stack([nats, counts.sum(), (token_bytes[y.clamp(min=0)] * counts).sum()])
             alive()
-    for module in model.modules():  # without a backward, fully_shard would leave some weights whole
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     model.train()
     dist.all_reduce(sums)
     weights = torch.tensor([split.share for split in splits], dtype=torch.float64)

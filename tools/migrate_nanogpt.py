@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nanogpt.errors import Help, Parser, UserError, run
+from nanogpt.errors import Parser, UserError, run, written_whole
 
 # What nanoGPT's train.py has where nobody says otherwise. (bfloat16: or float16, on a GPU without it.)
 DEFAULTS = dict(
@@ -39,7 +39,6 @@ POSITIVE = {"eval_interval", "log_interval", "eval_iters", "gradient_accumulatio
 def main():
     parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2],
                     usage="%(prog)s [--out FILE] CONFIG.py … | [python | torchrun …] train.py [CONFIG.py] [--key=value …]")
-    parser.formatter_class = Help
     parser.add_argument("--out", metavar="FILE", help="the YAML to write (default: standard output)")
     parser.add_argument("command", nargs=REMAINDER, metavar="COMMAND", help="as it was typed for nanoGPT, in its folder or "
                         "with paths from here; or its config files alone")
@@ -57,10 +56,8 @@ def main():
     text = yaml_text(ours, args.command)
     check(text, ranks, name)
     if out:
-        try:
-            out.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror}); take another --out") from None
+        with written_whole(out) as file:
+            file.write_text(text, encoding="utf-8")
     else:
         print(text, end="", flush=True)
     for note in notes + more:

@@ -9,7 +9,6 @@ Lines are smoothed, each logged value stands faintly beneath; circles are the va
 alone. tools/report.py makes a page of the same curves in which one can zoom.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,
                             read_config, read_metrics, shown, smoothed, thinned)
-from nanogpt.errors import Parser, UserError, run
+from nanogpt.errors import Parser, UserError, run, written_whole
 from nanogpt.words import short
 
 PANELS = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_s": "tokens/s"}
@@ -165,7 +164,9 @@ def draw(curves: dict[str, list[dict]], *outs: Path, axis: str = "steps", log_x:
         tokens.xaxis.set_minor_formatter(lambda x, _: "")
     if table:
         write_table(place(0.2, top + 6.35, 10.6, 0.21 * len(table)), table, lines)
-    save(figure, outs, dpi)
+    for out in outs:
+        with written_whole(out) as file:
+            figure.savefig(file, dpi=dpi)
     plt.close(figure)
 
 
@@ -300,17 +301,6 @@ def time_unit(seconds: float) -> tuple[float, str]:
     """The largest unit of which there are at least two."""
     return next(((size, unit) for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")) if seconds >= 2 * size),
                 (1, "seconds"))
-
-
-def save(figure, outs: tuple[Path], dpi: int):
-    """Each written aside and renamed. Raises UserError."""
-    for out in outs:
-        aside = out.with_name(f".{out.stem}.partial{out.suffix}")
-        try:
-            figure.savefig(aside, dpi=dpi)
-            os.replace(aside, out)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror}); take another --out") from None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import hashlib
 import html
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanogpt.curves import (AXES, COLORS, along, column, differences, flops_per_token, marked, names,
                             read_config, read_metrics, settings, shown, smoothed, thinned)
-from nanogpt.errors import Parser, UserError, one_line, run
+from nanogpt.errors import Parser, UserError, one_line, run, written_whole
 from nanogpt.words import duration, short
 
 CELLS = 300_000  # numbers in a page, all curves of all runs together: 2 MB or so, and quick to draw
@@ -63,7 +62,9 @@ def main():
     for one in runs:
         if args.samples:
             sample(one, args.samples, args.prompt, args.device)
-    write(out, page(runs))
+    text = page(runs)
+    with written_whole(out) as file:
+        file.write_text(text, encoding="utf-8", newline="\n")
     print(out)
 
 
@@ -291,16 +292,6 @@ def as_json(value) -> str:
     """JSON that cannot end the <script> in which it stands."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def write(out: Path, text: str):
-    """Aside, then renamed. Raises UserError."""
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        aside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); take another --out") from None
 
 
 # ---- curves ---------------------------------------------------------------------------------------------------------

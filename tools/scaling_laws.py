@@ -40,7 +40,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # of a few dozen numbers: th
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1::-1])  # for nanogpt, and for plan beside this
 
-from nanogpt.errors import Help, Parser, Stopped, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, Stopped, UserError, run, written_whole  # noqa: E402
 from nanogpt.words import short  # noqa: E402
 from plan import peak_of, positive, set_vocabulary, with_settings  # noqa: E402
 
@@ -86,7 +86,6 @@ class Point(NamedTuple):
 def main():
     parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2],
                     usage="%(prog)s (--run CONFIG --sizes LxW … --budgets FLOP … | --read PATH … | --law NAME) [options]")
-    parser.formatter_class = Help
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", metavar="CONFIG", help="train a grid of runs, then read it")
     what.add_argument("--read", nargs="+", metavar="PATH", help="run folders, folders of these, CSV files")
@@ -650,7 +649,6 @@ def draw(f: dict, out: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
-    from sizing import save
     points, law, curves = f["points"], f["law"], f["curves"]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
     in_a_curve = {p for c in curves for p in c["runs"]}
@@ -705,7 +703,8 @@ def draw(f: dict, out: Path):
     for axes in (left, middle, right):
         axes.grid(alpha=0.25)
         axes.spines[["right", "top"]].set_visible(False)
-    save(figure, out)
+    with written_whole(out) as file:
+        figure.savefig(file, dpi=150)
     plt.close(figure)
 
 

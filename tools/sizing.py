@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path[:0] = map(str, Path(__file__).resolve().parents[1::-1])  # for nanogpt, and for plan beside this
 
 from nanogpt.config import load_config  # noqa: E402
-from nanogpt.errors import Help, Parser, UserError, run  # noqa: E402
+from nanogpt.errors import Parser, UserError, run, written_whole  # noqa: E402
 from nanogpt.words import duration, short  # noqa: E402
 from plan import peak_of, positive, set_vocabulary, with_settings  # noqa: E402
 
@@ -30,7 +30,6 @@ WORDS = {"wte": "token embedding", "wpe": "positions", "ln_1": "norm", "attn.c_a
 def main():
     parser = Parser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2],
                     usage="%(prog)s CONFIG [options] [--section.key VALUE …]")
-    parser.formatter_class = Help
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML of configs/, or your own")
     add("--gpus", type=positive(int), default=1, metavar="N", help="GPUs among which the time is shared")
@@ -204,18 +203,8 @@ def draw(f: dict, out: Path):
                    f"{(f['forward'] + f['backward']) / 1e9:,.3f} GFLOP a token")
     axes.spines[["right", "top"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    save(figure, out)
-
-
-def save(figure, out: Path):
-    """Writes a picture whole, or not at all. Raises UserError."""
-    import os
-    aside = out.with_name(f".{out.stem}.partial{out.suffix}")
-    try:
-        figure.savefig(aside, dpi=150)
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); take another --out") from None
+    with written_whole(out) as file:
+        figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":
