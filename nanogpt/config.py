@@ -262,8 +262,9 @@ class Train(Section):
     block_schedule: Annotated[Points, AfterValidator(_dividing)] | None = Field(
         None, description="the same samples in shorter blocks at first, as [[0, 64], [1000, 1024]]: 64 until step 1000")
     micro_batch_size: Positive = Field(12, description="sequences a rank puts through the model at once")
-    precision: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="of parameters and activations in the model; weights, reductions and AdamW are float32")
+    precision: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="of parameters and activations in the model; weights, reductions and AdamW are float32. auto: "
+        "bfloat16 on a GPU that has it; on a CPU the one whose matmuls are quicker, as measured at the start")
     compile: bool | None = Field(None, description="torch.compile, block by block (default: on a GPU; on a CPU it gains "
                                  "nothing)")
     freeze_blocks: Few = Field(0, description="the first n blocks and the embeddings (with them a tied head) keep their "

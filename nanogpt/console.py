@@ -188,10 +188,11 @@ def calm(rank: int):
 
 # ---- the table at the start -----------------------------------------------------------------------------------------
 
-def introduce(meter, config: Config, stream, val: list, model, resumed, state: dict, estimate=None):
+def introduce(meter, config: Config, stream, val: list, model, resumed, state: dict, reason: str, estimate=None):
     """The run in a few lines: model, data, batch, sharding, device, memory, folder, and what the command line has changed.
 
-    val: the splits for validation; estimate: of memory.py; resumed: the checkpoint, whose state.json is state, or None.
+    val: the splits for validation; resumed: the checkpoint, whose state.json is state, or None; reason: for the precision;
+    estimate: of memory.py.
     """
     import torch
     import torch.distributed as dist
@@ -216,7 +217,7 @@ def introduce(meter, config: Config, stream, val: list, model, resumed, state: d
     if c.model.mask_documents:
         meter.say("documents   each by itself: attention does not leave it, and positions begin anew with it")
     meter.say(f"sharding    {c.sharding.strategy}, activation checkpointing {c.sharding.activation_checkpointing}, "
-              f"{c.train.precision}, compile {'on' if c.train.compile else 'off'}")
+              f"{c.train.precision}{reason}, compile {'on' if c.train.compile else 'off'}")
     meter.say(f"device      {device}" + ("" if meter.peak else "; its peak FLOP/s is not known, so no MFU"))
     if estimate:
         meter.say(f"memory      {estimate}")

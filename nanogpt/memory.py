@@ -94,7 +94,7 @@ def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
 
 def element(c: Config) -> int:
     """Bytes of an element of weights and activations at work."""
-    return 2 if c.train.precision == "bfloat16" else 4
+    return 4 if c.train.precision == "float32" else 2
 
 
 def activations(c: Config, cuda: bool = True) -> float:

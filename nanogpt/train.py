@@ -28,7 +28,7 @@ from nanogpt.meter import Meter, recomputed_flops
 from nanogpt.model import separate_documents
 from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.profiler import profiled
-from nanogpt.ranks import init_process_group
+from nanogpt.ranks import init_process_group, settle_precision
 from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape, warn
 from nanogpt.sharding import build, norms, reshard
 from nanogpt.stream import Split, TrainStream, inputs_and_targets
@@ -42,6 +42,7 @@ def train(config: Config, device: torch.device) -> dict:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     guard = watch.Watch(config.run)
     config.train.compile = config.train.compiles(device.type == "cuda")
+    reason = settle_precision(config.train, device)
 
     # ---- data, and where to start from ------------------------------------------------------------------------------
     warnings = []
@@ -83,13 +84,13 @@ def train(config: Config, device: torch.device) -> dict:
         return found
 
     if config.eval.only:
-        introduce(meter, config, stream, splits["val"], model, resumed, state)
+        introduce(meter, config, stream, splits["val"], model, resumed, state, reason)
         record = losses_now(first_step)
         meter.say(f"step {first_step}" + meter.losses(record))
         return record
     take_run_folder(config, make=True)
     meter.open(first_step, warnings)
-    introduce(meter, config, stream, splits["val"], model, resumed, state, estimate)
+    introduce(meter, config, stream, splits["val"], model, resumed, state, reason, estimate)
     saver = checkpoint.Saver(config.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every,
                              config.checkpoint.async_save, config.checkpoint.keep_best, warn=meter.say,
                              saved=meter.say_on_terminal)

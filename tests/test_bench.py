@@ -154,13 +154,18 @@ def test_percentile():
 
 def test_the_ladder_switches_one_thing_at_a_time(config, monkeypatch, capsys):
     from nanogpt.config import load_config
-    loaded = load_config([config, "--train.compile=true", "--optim.warmup_steps=0"])
+    loaded = load_config([config, "--train.compile=true", "--train.precision=bfloat16", "--optim.warmup_steps=0"])
     steps = bench.rungs(loaded)
-    for (_, was, without), (_, now, less) in zip(steps, steps[1:]):
+    for (_, was, without, _), (_, now, less, _) in zip(steps, steps[1:]):
         assert less <= without and len(without - less) + sum(was[key] != now[key] for key in was) == 1
-    assert steps[0][1:] == ({"train.precision": "float32", "train.compile": "false"}, set(bench.WITHOUT))
-    assert steps[-1][1] == {"train.precision": "bfloat16", "train.compile": "true"}
-    assert bench.rungs(load_config([config, "--optim.warmup_steps=0"]))[-1][0] == "the config as it stands"
+    assert steps[0][1:3] == ({"train.precision": "float32", "train.compile": "false"}, set(bench.WITHOUT))
+    assert steps[-1][1] == {"train.precision": "bfloat16", "train.compile": "true"} and all(stays for *_, stays in steps)
+
+    # What the config does not have is measured, and nothing after it has it.
+    other = bench.rungs(load_config([config, "--train.precision=float32", "--optim.warmup_steps=0"]))
+    assert [step[1]["train.precision"] for step in other] == ["float32", "bfloat16", "float32", "float32", "float32"]
+    assert [step[1]["train.compile"] for step in other] == ["false"] * 4 + ["true"]
+    assert [step[3] for step in other] == [True, False, True, True, False]
 
     speeds = iter([10, 20, 25, 50, 100, 12, 24, 30, 60, 120])
     rows = bench.ladder(SimpleNamespace(config=loaded, measure=lambda *_: measured(next(speeds))), 2)
@@ -168,6 +173,11 @@ def test_the_ladder_switches_one_thing_at_a_time(config, monkeypatch, capsys):
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 7 and table[-1].endswith("| 110 | 2.00 | 10.00 | 1 |")
     assert table[4].endswith("| 28 | 1.25 | 2.50 | 1 |")
+    speeds = iter([10, 5, 20, 40, 30])
+    monkeypatch.setattr(bench, "rungs", lambda _: other)
+    assert [row["before"] for row in bench.ladder(SimpleNamespace(config=None, measure=lambda *_: measured(next(speeds))), 1)] == [
+        1, 0.5, 2, 2, 0.75]
+    assert "bfloat16 (left out from here on) | 5 |" in capsys.readouterr().out
 
 
 def test_what_is_taken_away_on_the_lower_rungs(monkeypatch):

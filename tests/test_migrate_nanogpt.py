@@ -61,7 +61,7 @@ def test_a_config_by_hand(files, monkeypatch, capsys):
         eval=dict(interval=250, sequences=160), checkpoint=dict(interval=250, keep_best=True),
         log=dict(interval=1, wandb="online", wandb_project="owt"), sharding=dict(strategy="replicate"))
     config = load_config(["mine.yaml"], 8, 4)
-    assert config.accumulation(8) * 8 == 40 and config.train.precision == "bfloat16" and config.optim.beta2 == 0.95
+    assert config.accumulation(8) * 8 == 40 and config.train.precision == "auto" and config.optim.beta2 == 0.95
     told = err.splitlines()
     assert told[0].startswith("note: char.py: line 9: micro is no setting of nanoGPT's") and len(told) == 6
     assert [line.partition(":")[0] for line in told] == ["note"] * 4 + ["data", "start"]

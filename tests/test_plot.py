@@ -105,9 +105,9 @@ def test_smoothing_keeps_the_mean_and_the_start():
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that draw() saves, as it saves them."""
-    import plot as tool
-    kept, save = [], tool.save
-    monkeypatch.setattr(tool, "save", lambda figure, outs, dpi: (kept.append(figure), save(figure, outs, dpi)))
+    from matplotlib.figure import Figure
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: (kept.append(figure), save(figure, *args, **kwargs)))
     return kept
 
 

@@ -281,3 +281,31 @@ def test_learning_rate_by_hand(small_run, schedule, options, expected):
                           f"--optim.schedule={schedule}", *options])
     for step, rate in expected.items():
         assert learning_rate(step, config) == pytest.approx(rate), step
+
+
+def settled(gains: list[float], asked: str) -> tuple[str, str]:
+    """On a rank whose matmuls in bfloat16 gain so much: (what train.precision becomes, the reason that is told)."""
+    import os
+    from unittest import mock
+
+    from nanogpt import ranks
+    from nanogpt.config import Config
+    config = Config(train=dict(precision=asked))
+    device = ranks.init_process_group(config)
+    with mock.patch.object(ranks, "bfloat16_gain", lambda: gains[int(os.environ["RANK"])]):
+        reason = ranks.settle_precision(config.train, device)
+    torch.distributed.destroy_process_group()
+    return config.train.precision, reason
+
+
+def test_a_cpu_takes_the_precision_whose_matmuls_are_quicker(ranks):
+    """On all ranks that of the first."""
+    assert ranks(2, settled, [0.55, 4.0], "auto") == [
+        ("float32", " (bfloat16 matmuls are 0.55 x as fast as float32's here)")] * 2
+    assert [precision for precision, _ in ranks(2, settled, [2.1, 0.1], "auto")] == ["bfloat16"] * 2
+    assert ranks(1, settled, [0.55], "bfloat16") == [("bfloat16", "")]
+
+
+def test_what_bfloat16_gains_is_measured():
+    from nanogpt.ranks import bfloat16_gain
+    assert 0.001 < bfloat16_gain() < 100

@@ -359,28 +359,36 @@ def show(f: dict):
 
 # ---- one thing at a time --------------------------------------------------------------------------------------------
 
-def rungs(config) -> list[tuple[str, dict, set]]:
-    """(what is switched on, settings, what has no setting and is off): each has all that those before have."""
+def rungs(config) -> list[tuple[str, dict, set, bool]]:
+    """(what is switched on, settings, what has no setting and is off, whether it stays on). Each has all that stayed before.
+
+    On this machine a precision, or compiling, that the config does not have here is tried, and switched off again.
+    """
+    import torch
+
     from nanogpt import loss
     from nanogpt.model import padded
+    from nanogpt.ranks import settle_precision
+    device = torch.device("cuda" if torch.cuda.is_available() and config.run.device != "cpu" else "cpu")
+    here = config.train.model_copy()
+    settle_precision(here, device)
     settings, without = {"train.precision": "float32", "train.compile": "false"}, set(WITHOUT)
-    found = [("float32, whole logits, AdamW tensor by tensor, no reading ahead", dict(settings), set(without))]
+    found = [("float32, whole logits, AdamW tensor by tensor, no reading ahead", dict(settings), set(without), True)]
 
-    def switch(what, on=(), off=""):
-        settings.update(on)
+    def switch(what, on=(), off="", stays=True):
+        nonlocal settings
+        with_it = settings | dict(on)
         without.discard(off)
-        found.append((what, dict(settings), set(without)))
+        found.append((what, with_it, set(without), stays))
+        settings = with_it if stays else settings
 
     logits = config.train.micro_batch_size * config.model.block_size * padded(config.model.vocab_size or 1)
-    switch("bfloat16", {"train.precision": "bfloat16"})
+    switch("bfloat16", {"train.precision": "bfloat16"}, stays=here.precision == "bfloat16")
     switch("AdamW in one fused kernel", off="fused")
     if logits > loss.CHUNK_LOGITS:  # else there is but one chunk
         switch("loss in chunks", off="chunks")
     switch("data read ahead", off="ahead")
-    switch("compiled, block by block", {"train.compile": "true"})
-    as_it_is = {"train.precision": config.train.precision, "train.compile": json.dumps(config.train.compile)}
-    if as_it_is != settings:
-        found.append(("the config as it stands", as_it_is, set()))
+    switch("compiled, block by block", {"train.compile": "true"}, stays=here.compiles(device.type == "cuda"))
     return found
 
 
@@ -389,19 +397,21 @@ def ladder(bench: Bench, repeats: int) -> list[dict]:
     steps = rungs(bench.config)
     runs = [[] for _ in steps]
     for i in range(repeats):
-        for those, (what, settings, without) in zip(runs, steps):
+        for those, (what, settings, without, _) in zip(runs, steps):
             those.append(figures(bench.measure([f"--{key}={value}" for key, value in settings.items()], without), None))
             print(f"  {i + 1}/{repeats}  {those[-1]['tokens_per_s']:>12,.0f} tokens/s  {what}", file=sys.stderr, flush=True)
-    rows = [dict(what=what, tokens_per_s=statistics.median(f["tokens_per_s"] for f in those),
+    rows = [dict(what=what, stays=stays, tokens_per_s=statistics.median(f["tokens_per_s"] for f in those),
                  peak_mib=statistics.median(f["peak_mib"] for f in those), runs=[f["tokens_per_s"] for f in those])
-            for (what, _, _), those in zip(steps, runs)]
+            for (what, _, _, stays), those in zip(steps, runs)]
     device = f"{runs[0][0]['ranks']} x {runs[0][0]['device']}"
     print(f"| {device} | tokens/s | x before | x first | memory, MiB |\n|---|---|---|---|---|")
+    before = first = rows[0]["tokens_per_s"]
     for i, row in enumerate(rows):
-        before, first = rows[max(0, i - 1)]["tokens_per_s"], rows[0]["tokens_per_s"]
         row |= dict(before=row["tokens_per_s"] / before, first=row["tokens_per_s"] / first)
-        print(f"| {'+ ' * (0 < i and row['what'] != 'the config as it stands')}{row['what']} | {row['tokens_per_s']:,.0f} | "
-              f"{row['before']:.2f} | {row['first']:.2f} | {row['peak_mib']:,.0f} |")
+        sign, left_out = "+ " * (i > 0), "" if row["stays"] else " (left out from here on)"
+        print(f"| {sign}{row['what']}{left_out} | {row['tokens_per_s']:,.0f} | {row['before']:.2f} | {row['first']:.2f} | "
+              f"{row['peak_mib']:,.0f} |")
+        before = row["tokens_per_s"] if row["stays"] else before
     return rows
 
 

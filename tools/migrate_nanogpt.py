@@ -274,10 +274,10 @@ def translate(t: dict, given: dict, ranks: int, name: str) -> tuple[dict, list[s
                      "command")
     if device[0] != "cuda" or "device" in given:
         ours["run"]["device"] = "cuda" if device[0] == "cuda" else "cpu"
-    ours["train"]["precision"] = "float32" if device[0] == "cpu" or t["dtype"] == "float32" else "bfloat16"
+    ours["train"]["precision"] = "float32" if device[0] == "cpu" or t["dtype"] == "float32" else "auto"
     if device[0] == "cpu" and t["dtype"] != "float32":
-        notes.append("dtype: on a CPU nanoGPT computes in float32 whatever it says, and so does this; bfloat16, "
-                     "train.precision, is the faster one where the CPU has it")
+        notes.append("dtype: on a CPU nanoGPT computes in float32 whatever it says, and so does this; "
+                     "train.precision auto takes bfloat16 where that is quicker")
     elif t["dtype"] == "float16":
         notes.append("dtype='float16': it is bfloat16 here, as precise as needed and without a loss to scale")
     elif t["dtype"] not in ("float32", "bfloat16"):

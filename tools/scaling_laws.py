@@ -227,7 +227,8 @@ def otherwise(path: Path, config) -> str | None:
         keys = [("data", "path"), ("data", "train"), ("run", "seed"), ("train", "global_batch_size"), ("train", "max_steps"),
                 ("train", "precision"), ("eval", "sequences"), *(("optim", key) for key in now["optim"]),
                 *(("model", key) for key in now["model"] if key != "vocab_size")]
-        return next((f"{a}.{b} {was[a][b]}, and it is {now[a][b]} now" for a, b in keys if was[a][b] != now[a][b]), None)
+        return next((f"{a}.{b} {was[a][b]}, and it is {now[a][b]} now" for a, b in keys
+                     if now[a][b] not in (was[a][b], "auto")), None)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
