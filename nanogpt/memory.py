@@ -68,10 +68,9 @@ def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
     """What autograd keeps of a block: (tensor, bytes a token, in which of MODES, by their first letters)."""
     m, (H, K, D), compiled = c.model, c.model.heads, c.train.compiles(cuda)
     e, C, M, T = element(c), m.n_embd, m.mlp_width, m.block_size
-    apart = not (cuda or compiled)                                # then nn.RMSNorm keeps its input and result in float32
-    rms = 8 if e == 2 else 4
-    norm = ("norm", rms * C if apart and m.norm == "rmsnorm" else 8, "n")
-    x = "" if apart and m.norm == "rmsnorm" and e == 2 else "n"   # then x itself is not
+    apart = not (cuda or compiled)                                # then RMSNorm keeps its result in float32, and not x
+    norm = ("norm", 4 * C + 4 if apart and m.norm == "rmsnorm" else 8, "n")
+    x = "" if apart and m.norm == "rmsnorm" else "n"
     short = not cuda and e == 2 and T <= 512                      # plain_attention
     flex = cuda and compiled and not m.dropout and 16 <= D <= 128
     tensors = [("x", e * C, "sf" + x), norm, ("ln_1(x)", e * C, "n")]
@@ -83,7 +82,7 @@ def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
                     ("q, k turned", e * (H + K) * D * (m.qk_norm or m.position == "rope"), "n"),
                     ("k, v repeated", e * 2 * H * D * (K < H and cuda and e == 4), "n"),
                     ("mask", e * T * (m.mask_documents and not flex), "n")]
-    return [*tensors, ("norms of q, k", (rms * D * apart + 4) * (H + K) * m.qk_norm, "n"),
+    return [*tensors, ("norms of q, k", (4 * D * apart + 4) * (H + K) * m.qk_norm, "n"),
             ("attention's projection", e * C, "s"),
             ("x + attention", e * C, x), norm, ("ln_2(x)", e * C, "n"),
             ("c_fc", e * M * (2 if m.mlp == "swiglu" else 1), "ns"),
@@ -101,10 +100,10 @@ def activations(c: Config, cuda: bool = True) -> float:
     """Bytes that a micro-batch leaves for its backward, without the loss."""
     m, e = c.model, element(c)
     block = sum(n for _, n, modes in kept(c, cuda) if c.sharding.activation_checkpointing[0] in modes)
-    norm = 8 if m.norm == "rmsnorm" and not cuda else e                            # ln_f is not compiled
+    norm = 4 if m.norm == "rmsnorm" and not cuda else e                            # ln_f is not compiled
     ends = (norm + e + (1 if cuda else e) * (m.dropout > 0)) * m.n_embd            # its input and output
     ids = 16 + m.mask_documents * (8 + m.block_size)                               # and targets, positions, mask
-    angles = 4 * m.heads[2] * m.block_size * (m.position == "rope")
+    angles = 8 * m.heads[2] * m.block_size * (m.position == "rope")
     return c.train.micro_batch_size * m.block_size * (m.n_layer * block + ends + ids) + angles
 
 

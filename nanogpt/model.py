@@ -8,7 +8,6 @@ rotary positions, RMSNorm, SwiGLU, keys and values shared by several heads, an u
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from nanogpt.config import Model as ModelConfig
 from nanogpt.errors import UserError
 from nanogpt.loss import cross_entropy_sum, finished
+from nanogpt.pointwise import RMSNorm, drop, relu2
 
 
 def padded(vocab_size: int, multiple: int = 64) -> int:
@@ -25,7 +25,7 @@ def padded(vocab_size: int, multiple: int = 64) -> int:
 
 
 def rope_angles(c: ModelConfig, positions):
-    """positions (T,) or (B, T) -> (cos, sin) of the angles by which each pair of a head is turned: (…, 1, T, head/2).
+    """positions (T,) or (B, T) -> (cos, ±sin) of the angles by which the elements of a head are turned: (…, 1, T, head).
 
     Pair i turns by base^(-2i/head) a token (RoFormer, Su et al., 2021), or more slowly in a stretched context.
     """
@@ -38,26 +38,14 @@ def rope_angles(c: ModelConfig, positions):
             / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         speed = speed * (1 - slow + slow / s.factor)
     angles = positions[..., None, :, None] * speed
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x, rope):
     """x (B, heads, T, head): element i and element i + head/2 are a pair, as in Llama."""
-    (cos, sin), (a, b) = rope, x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)
-
-
-def drop(x, p, training=True):
-    """F.dropout (Srivastava et al., 2014). On a CPU that draws one number after the other, and takes most of a small model's
-    step; there, 16 random bits decide on each element, and four of them come from one word of numpy's quickest generator.
-    """
-    if not (p and training) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
-    p = min(round(p * 65536), 65535)  # of 65536
-    words = np.random.SFC64(torch.randint(2**63 - 1, ()).item()).random_raw(-(-x.numel() // 4))
-    bits = torch.from_numpy(words.view(np.int16))[:x.numel()].view(x.shape)
-    kept = torch.ge(bits, p - 32768, out=torch.empty_like(x))  # 0 or 1 at once: to go from bool to bfloat16 is slow
-    return x * kept.mul_(65536 / (65536 - p))
+    (cos, sin), y = rope, x.float()
+    return torch.addcmul(y * cos, y.roll(y.size(-1) // 2, -1), sin).type_as(x)
 
 
 def plain_attention(q, k, v, dropout=0.0, mask=None):
@@ -99,7 +87,7 @@ def separate_documents(c: ModelConfig, tok, blocks=False):
 
 def make_norm(c: ModelConfig) -> nn.Module:
     if c.norm == "rmsnorm":
-        return nn.RMSNorm(c.n_embd, eps=c.norm_eps)  # Zhang & Sennrich, 2019
+        return RMSNorm(c.n_embd, eps=c.norm_eps)
     return nn.LayerNorm(c.n_embd, eps=c.norm_eps, bias=c.bias)
 
 
@@ -114,8 +102,8 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(C, (H + 2 * K) * D, bias=bias)  # q, k, v of all heads at once
         self.c_proj = nn.Linear(H * D, C, bias=bias)
-        self.q_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None  # Henry et al., 2020
-        self.k_norm = nn.RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None  # Henry et al., 2020
+        self.k_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
 
     def by_head(self, x, rope=None):
         """x (B, T, n_embd) -> q (B, n_head, T, head), k and v (B, n_kv_head, T, head)."""
@@ -164,8 +152,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":                                                  # Shazeer, 2020
             gate, x = x.chunk(2, -1)
             x = F.silu(gate) * x
-        elif self.kind == "relu2":                                                 # So et al., 2021
-            x = F.relu(x).square()
+        elif self.kind == "relu2":
+            x = relu2(x)
         else:
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
         return drop(self.c_proj(x), self.dropout, self.training)

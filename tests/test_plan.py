@@ -24,7 +24,7 @@ MODERN = dict(position="rope", norm="rmsnorm", mlp="swiglu", qk_norm=True, n_kv_
 
 def make(model=(), train=(), **sharding) -> Config:
     return Config(model=dict(n_layer=4, n_head=4, n_embd=64, block_size=1024, vocab_size=300) | dict(model),
-                  train=dict(micro_batch_size=1, global_batch_size=2, compile=False, max_steps=1) | dict(train),
+                  train=dict(micro_batch_size=1, global_batch_size=2, compile=False, max_steps=1, precision="bfloat16") | dict(train),
                   sharding=sharding, checkpoint=dict(async_save=False))
 
 
