@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nanogpt.config import Config
+from nanogpt.cpu import ROWS, attends_by_hand
 from nanogpt.errors import UserError
 from nanogpt.loss import CHUNK_LOGITS
 from nanogpt.model import GPT, padded
@@ -71,12 +72,15 @@ def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
     apart = not (cuda or compiled)                                # then RMSNorm keeps its result in float32, and not x
     norm = ("norm", 4 * C + 4 if apart and m.norm == "rmsnorm" else 8, "n")
     x = "" if apart and m.norm == "rmsnorm" else "n"
-    short = not cuda and e == 2 and T <= 512                      # plain_attention
+    hand = apart and not m.mask_documents and attends_by_hand(T, e == 2, m.dropout)
+    short = not cuda and (e == 2 and T <= 512 or m.dropout > 0)   # plain_attention
+    seen = sum(min(T, i + ROWS) * min(ROWS, T - i) for i in range(0, T, ROWS)) / T if hand else T
     flex = cuda and compiled and not m.dropout and 16 <= D <= 128
     tensors = [("x", e * C, "sf" + x), norm, ("ln_1(x)", e * C, "n")]
-    if short or not cuda and m.dropout:                           # no fused kernel: (heads, T, T) is kept
+    if hand or short:                                             # no fused kernel: (heads, T, T) is kept, or half of it
         tensors += [("q, k, v", e * (H + 2 * K) * D, "s"), ("q, k, v by head", e * 3 * H * D, "n"),
-                    ("attention to each token", e * H * T * (3 if m.dropout else 1), "n"), ("attention", e * H * D, "n")]
+                    ("attention to each token", e * H * seen * ((3 - hand) if m.dropout else 1), "n"),
+                    ("attention", e * H * D, "n")]
     else:
         tensors += [("q, k, v", e * (H + 2 * K) * D, "ns"), ("attention, log of its sums", (e * D + 4) * H, "ns"),
                     ("q, k turned", e * (H + K) * D * (m.qk_norm or m.position == "rope"), "n"),

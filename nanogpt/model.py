@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from nanogpt.config import Model as ModelConfig
+from nanogpt.cpu import RMSNorm, attends_by_hand, by_hand, causal_attention, drop, relu2
 from nanogpt.errors import UserError
 from nanogpt.loss import cross_entropy_sum, finished
-from nanogpt.pointwise import RMSNorm, drop, relu2
 
 
 def padded(vocab_size: int, multiple: int = 64) -> int:
@@ -121,13 +121,15 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)                                              # those of all tokens so far
         dropout = self.dropout if self.training else 0.0
-        # In bfloat16 on a CPU the fused kernel is the slower one up to 512 tokens: 5 times at 64, twice at 256. And it has
-        # no dropout there.
+        S, shared = k.size(2), q.size(1) // k.size(1)
+        # In bfloat16 on a CPU the fused kernel is slow up to 512 tokens: 5 times at 64, twice at 256. And it has no dropout there.
         slow = q.device.type == "cpu" and (dropout > 0 or q.dtype == torch.bfloat16 and T <= 512)
         if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) > k.size(1))
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=shared > 1)
+        elif (self.fused and mask is None and 1 < T == S and by_hand(q)
+              and attends_by_hand(T, q.dtype == torch.bfloat16, dropout)):
+            y = causal_attention(q, *(x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v)), dropout)
         elif self.fused and not slow:
-            S, shared = k.size(2), q.size(1) // k.size(1)
             if shared > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):  # no kernel but the slow one has it
                 k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
             if mask is None and 1 < T < S:                                         # torch would align the corner at the top
