@@ -10,11 +10,11 @@ from nanogpt.config import Config, Optim
 from nanogpt.model import GPT, Block
 
 
-def make_optimizer(model: GPT, c: Optim) -> torch.optim.AdamW:
+def make_optimizer(model: GPT, c: Optim, dtype: torch.dtype = torch.bfloat16) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, 2019), one fused kernel for all parameters; matrices decay, vectors do not.
 
     c.name muon: the matrices of the blocks by Muon, and only embeddings, head and vectors by AdamW. In each group,
-    `of_peak` is what its learning rate is of the schedule's.
+    `of_peak` is what its learning rate is of the schedule's. dtype: in which Muon computes.
     """
     params, alike, of_peak = [p for p in model.parameters() if p.requires_grad], {}, 1.0
     if c.name == "muon":
@@ -32,7 +32,9 @@ def make_optimizer(model: GPT, c: Optim) -> torch.optim.AdamW:
     ]
     groups = [g for g in groups if g["params"]]
     kind = Muon if c.name == "muon" else torch.optim.AdamW
-    return kind(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=1e-8, fused=True)
+    optimizer = kind(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=1e-8, fused=True)
+    optimizer.dtype = dtype
+    return optimizer
 
 
 def heights(block: Block, p: torch.Tensor) -> tuple[int, ...]:
@@ -50,6 +52,7 @@ class Muon(torch.optim.AdamW):
     long as AdamW's, so that both take the same learning rate. One momentum is all that is kept, sharded as the weights.
     """
     MOMENTUM = 0.95
+    dtype = torch.bfloat16  # precise enough; but some CPUs multiply float32 in half the time
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -77,13 +80,13 @@ class Muon(torch.optim.AdamW):
             rate = rate * (1 - bad)                                               # and the step has no length
         for m, g in zip(momenta, grads):
             m.lerp_(g, 1 - self.MOMENTUM)
-        ahead = torch.stack([g.lerp(m, self.MOMENTUM).bfloat16() for m, g in zip(momenta, grads)])  # Nesterov's
+        ahead = torch.stack([g.lerp(m, self.MOMENTUM).to(self.dtype) for m, g in zip(momenta, grads)])  # Nesterov's
         for w, update in zip(weights, orthogonal_rows(ahead, params[0], group["heights"], dealt)):
             w.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
 
 
 def orthogonal_rows(local: torch.Tensor, like: torch.Tensor, heights: tuple[int, ...], dealt: int = 0) -> torch.Tensor:
-    """local (n, r, columns) bfloat16: this rank's rows of n matrices that are sharded as `like` -> those of what each
+    """local (n, r, columns): this rank's rows of n matrices that are sharded as `like` -> those of what each
     becomes, float32: orthogonal, with elements of 0.2 in the root mean square. Of the matrices, each holds several on top of
     one another, of `heights`.
 
@@ -127,7 +130,7 @@ def exchange(parts: list[torch.Tensor], shapes: list[tuple]) -> list[torch.Tenso
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """x (n, rows, columns) bfloat16 -> of each U Vᵀ, where U S Vᵀ is x, but for singular values between about 0.7 and 1.2.
+    """x (n, rows, columns) -> of each U Vᵀ, where U S Vᵀ is x, but for singular values between about 0.7 and 1.2.
 
     Five Newton-Schulz steps with Jordan's coefficients, which are quick to take the small ones up rather than exact.
     """

@@ -30,7 +30,7 @@ from nanogpt.optim import learning_rate, make_optimizer
 from nanogpt.profiler import profiled
 from nanogpt.ranks import init_process_group, settle_precision
 from nanogpt.resume import run_state, starting_point, take_run_folder, take_shape, warn
-from nanogpt.sharding import build, norms, reshard
+from nanogpt.sharding import DTYPES, build, norms, reshard
 from nanogpt.stream import Split, TrainStream, inputs_and_targets
 
 
@@ -65,7 +65,7 @@ def train(config: Config, device: torch.device) -> dict:
     # ---- model and optimizer ----------------------------------------------------------------------------------------
     estimate = None if config.eval.only else room_for(config, device, warnings)
     model = build(config, device)
-    optimizer = make_optimizer(model, config.optim) if not config.eval.only else None
+    optimizer = make_optimizer(model, config.optim, DTYPES[config.train.precision]) if not config.eval.only else None
     if resumed:
         checkpoint.load(resumed, model, optimizer)
     elif weights:

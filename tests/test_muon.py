@@ -59,9 +59,9 @@ def plain(small_run, text_dataset):  # noqa: F811
 
 def same(metrics, losses, norms=None):
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
-    assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=1e-4)
+    assert [m["loss"] for m in metrics] == pytest.approx(losses, rel=5e-4)  # torch's makes its steps of bfloat16, always
     if norms:
-        assert [m["grad_norm"] for m in metrics] == pytest.approx(norms, rel=5e-3)  # of small gradients; steps are made of bfloat16
+        assert [m["grad_norm"] for m in metrics] == pytest.approx(norms, rel=5e-3)  # of small gradients
 
 
 LAYOUTS = [  # ranks, ranks of a machine, micro-batch, options
