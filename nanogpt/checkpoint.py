@@ -80,6 +80,7 @@ class Saver:
         self.writing: Future | None = None           # the future of the save under way
         self.published = threading.Event()           # rank 0: the publishing of the last save has ended
         self.failure: BaseException | None = None
+        self.worked: bool | None = True              # None: `wait` has still to tell
         self.told = False
         self.seconds, self.warned_of_grace = 0.0, False  # what the last save took until it was published
         if dist.get_rank() == 0:  # what a killed run left behind
@@ -90,31 +91,17 @@ class Saver:
     def save(self, model, optimizer, state: dict):
         """Saves as step-STEP. Returns when weights and state may change again; `wait` tells whether it worked."""
         self.wait()
-        final, best_step = step_folder(self.folder, state["step"]), state.get("held_out", {}).get("best_step")
-        partial = self.folder / f".{final.name}.partial"
-        self.final, self.failure, self.published, self.told, self.began = final, None, threading.Event(), False, time.monotonic()
-        if dist.get_rank() == 0:
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                _write(partial / "state.json", json.dumps({"format": FORMAT} | state, indent=1))
-            except OSError as error:
-                self.failure = error
-        dist.barrier(self.group)
-        writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        self.final, self.failure, self.published = step_folder(self.folder, state["step"]), None, threading.Event()
+        self.told, self.worked, self.began = False, None, time.monotonic()
+        text, best_step = json.dumps({"format": FORMAT} | state, indent=1), state.get("held_out", {}).get("best_step")
         everything = tensors(model, optimizer)
         if self.async_save:
             self._set_aside(everything)
-            self.writing = self.thread.submit(dcp.save, self.aside, storage_writer=writer, process_group=self.group)
-            self.writing.add_done_callback(lambda done: self._publish(done.exception(), partial, final, best_step))
+            self.writing = self.thread.submit(self._to_disk, self.aside, text, best_step)
         else:
-            problem = None
-            try:
-                dcp.save(everything, storage_writer=writer, process_group=self.group)
-            except (Exception, CheckpointException) as raised:  # on all ranks, whichever one failed
-                problem = raised
-            self._publish(problem, partial, final, best_step)
+            self._to_disk(everything, text, best_step)
 
+    @torch.no_grad()  # with it, a DTensor's local part costs nothing
     def _set_aside(self, everything: dict[str, torch.Tensor]):
         """Copies that training does not change: made by the first save, and written over by the later ones.
 
@@ -123,19 +110,37 @@ class Saver:
         if self.aside.keys() != everything.keys():
             self.aside = {name: tensor.to("cpu", copy=True) for name, tensor in everything.items()}
         else:
-            for name, tensor in everything.items():
-                _local(self.aside[name]).copy_(_local(tensor))
+            torch._foreach_copy_([_local(self.aside[name]) for name in everything], [_local(t) for t in everything.values()])
 
-    def _publish(self, error, partial: Path, final: Path, best_step: int | None):
-        """Rank 0, in the background: every rank's file is on disk by now."""
+    def _to_disk(self, everything: dict[str, torch.Tensor], text: str, best_step: int | None):
+        """All that is done on disk, in the background or not. Whatever fails on one rank, no other waits for it for ever."""
+        partial = self.final.with_name(f".{self.final.name}.partial")
         try:
-            self.failure = self.failure or error
+            if dist.get_rank() == 0:
+                try:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                    _write(partial / "state.json", text)
+                except OSError as error:  # goes on beside the others, so that they end too
+                    self.failure = error
+            dist.barrier(self.group)
+            writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+            dcp.save(everything, storage_writer=writer, process_group=self.group)
+        except (Exception, CheckpointException) as raised:  # on all ranks, whichever one failed
+            self.failure = self.failure or raised
+        self._publish(partial, self.final, best_step)
+
+    def _publish(self, partial: Path, final: Path, best_step: int | None):
+        """Rank 0: every rank's file is on disk by now."""
+        try:
             if dist.get_rank() == 0 and self.failure is None:
                 write_manifest(partial)
+                gone = final.with_name(f".{final.name}.deleted")
                 if final.exists():  # a step that an earlier run has saved too
-                    os.rename(final, final.with_name(f".{final.name}.deleted"))
+                    os.rename(final, gone)
                 os.rename(partial, final)
                 _sync(self.folder)
+                shutil.rmtree(gone, ignore_errors=True)
                 if self.keep_best:
                     self.point_at_best(best_step)
                 self._retain(best_step)
@@ -167,19 +172,16 @@ class Saver:
 
     def wait(self) -> bool:
         """Waits for the save under way. Returns, on all ranks alike, whether the last one was published."""
-        if self.writing is not None:
-            try:
+        if self.worked is None:  # on all ranks or on none, as they save together
+            if self.writing is not None:
                 self.writing.result()
-            except (Exception, CheckpointException):
-                pass  # _publish has it
-            self.published.wait()
-            self.writing = None
-        failed = [self.failure and _reason(self.failure)]
-        dist.broadcast_object_list(failed, src=0, group=self.group)
-        if dist.get_rank() == 0:
-            self.tell()
-        self.failure = None
-        return failed[0] is None
+                self.writing = None
+            failed = [self.failure and _reason(self.failure)]
+            dist.broadcast_object_list(failed, src=0, group=self.group)
+            if dist.get_rank() == 0:
+                self.tell()
+            self.failure, self.worked = None, failed[0] is None
+        return self.worked
 
     def tell(self):
         """Rank 0: says, once, that the save in the background has ended, and warns if it has failed."""

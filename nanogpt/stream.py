@@ -189,9 +189,9 @@ class Split:
         shards = np.searchsorted(self.shard_ends, sequences[:, 0], "right")
         for shard in np.unique(shards).tolist():
             self.make_sure_of(shard)
-            for row in np.flatnonzero(shards == shard):
-                sample, part = sequences[row].tolist()
-                tokens[row] = self._row(sample)[part * T:part * T + T + 1]
+            at = np.flatnonzero(shards == shard)
+            for row, part, stored in zip(at, sequences[at, 1].tolist(), self._rows(shard, sequences[at, 0])):
+                tokens[row] = stored[part * T:part * T + T + 1]
         if max(tokens.max(), ~tokens.min()) >= self.vocab_size:
             highest = np.maximum(tokens, ~tokens).max(1)
             row = int((highest >= self.vocab_size).argmax())
@@ -199,6 +199,15 @@ class Split:
             raise UserError(f"{self.shard_of(sample)}: sample {sample} holds id {highest[row]}, the vocabulary "
                             f"ends at {self.vocab_size - 1}; the shard is damaged or of another tokenizer")
         return torch.from_numpy(tokens)
+
+    def _rows(self, shard: int, samples: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """What _row returns for each; samples are of one shard."""
+        if not self.foreign:
+            numbers = samples + self.dataset.shards[shard].samples - self.shard_ends[shard]
+            rows = self.dataset.rows(shard, numbers.tolist(), self.card["dtype"], self.card["block_size"] + 1)
+            if rows is not None:
+                return rows
+        return [self._row(sample) for sample in samples.tolist()]
 
     def _row(self, sample: int) -> np.ndarray:
         """(the dataset's block_size + 1,): ids of a sample, or complements. Of MDS from elsewhere the last one is made up.
@@ -435,6 +444,8 @@ class TrainStream:
 
     def read(self, sequences: np.ndarray) -> torch.Tensor:
         """sequences (n, 2) of (sample, part) -> tokens (n, block_size + 1), int64, for inputs_and_targets."""
+        if len(self.splits) == 1:
+            return self.splits[0].read(sequences)
         which = np.searchsorted(self.first_sample, sequences[:, 0], "right") - 1
         tokens = torch.empty(len(sequences), self.block_size + 1, dtype=torch.int64)
         for i in np.unique(which).tolist():

@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import shutil
+import threading
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -98,6 +101,44 @@ def test_retention(ranks, tmp_path):
     ranks(1, save, tmp_path, [], [10, 20, 25, 30, 35, 40], True, 2, 20)
     assert [p.name for p in checkpoint.complete_steps(tmp_path)] == [f"step-000000{n}" for n in (20, 35, 40)]
     assert len(list(tmp_path.iterdir())) == 3  # nothing left lying
+
+
+def test_a_step_saved_anew_takes_the_place_of_the_old(ranks, tmp_path):
+    _, worked = ranks(1, save, tmp_path, [], [10, 10, 10], True)[0]
+    assert worked[-1] and [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
+    checkpoint.verify(tmp_path / "step-00000010")
+
+
+def test_training_goes_on_before_anything_is_on_disk(ranks, tmp_path):
+    """Rank 0's disk does not answer at first; then it is full for a moment, which the other rank does not see."""
+    results = ranks(2, save_on_a_slow_disk, tmp_path)
+    assert results[0][0] == results[0][1] == []
+    assert [worked for _, _, *worked in results] == [[True, False]] * 2
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def save_on_a_slow_disk(folder):
+    """What is there when each of two saves returns, and whether they worked."""
+    model, optimizer = make()
+    saver = checkpoint.Saver(folder / "checkpoints", 2, 0, True)
+    mkdir, there, worked = Path.mkdir, [], []
+    for step in (10, 20):
+        answers, made = threading.Event(), []
+
+        def slow(path, *args, **kwargs):
+            made.append(path)
+            if os.environ["RANK"] == "0" and len(made) == 1:
+                answers.wait(10)
+                if step == 20:
+                    raise OSError(28, "No space left on device")
+            return mkdir(path, *args, **kwargs)
+
+        with mock.patch.object(Path, "mkdir", slow):
+            saver.save(model, optimizer, dict(step=step))
+            there.append(sorted(p.name for p in folder.glob("checkpoints/.*")))
+            answers.set()
+            worked.append(saver.wait())
+    return *there, *worked
 
 
 def test_a_save_that_fails_is_told_and_keeps_the_older_ones(ranks, tmp_path):

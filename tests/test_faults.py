@@ -294,7 +294,7 @@ runpy.run_path("launch/train.sh", run_name="__main__")
 def test_a_rank_that_hangs_in_a_save_is_not_waited_for(small_run, tmp_path):  # noqa: F811
     """A save may take half an hour, but not with a rank that gives no sign of life."""
     (tmp_path / "hangs.py").write_text(HANGS_IN_A_SAVE)
-    words = command(small_run, "hangs", "--checkpoint.interval=2", "--run.timeout_s=3")
+    words = command(small_run, "hangs", "--checkpoint.interval=2", "--checkpoint.async_save=false", "--run.timeout_s=3")
     with open(tmp_path / "err", "w") as err:
         process = subprocess.Popen([*TORCHRUN, str(tmp_path / "hangs.py"), *words[2:]], cwd=ROOT, env=ENV, stderr=err,
                                    stdout=subprocess.DEVNULL, start_new_session=True)

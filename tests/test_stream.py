@@ -1,6 +1,7 @@
 """The position contract: what a step trains on is a function of the step, each sample once an epoch, whoever reads it."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -130,6 +131,42 @@ def test_compressed_shards_are_read_and_left_as_they_are(tmp_path, text_dataset)
     for a, b in zip(plain.batches(0, 3, 0, 1, torch.device("cpu")), packed.batches(0, 3, 0, 1, torch.device("cpu"))):
         assert torch.equal(a, b)
     assert sorted(p.name for p in (tmp_path / "zstd" / "train").iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_a_batch_opens_each_shard_once_and_marks_it_as_used(tmp_path, kind, monkeypatch):
+    """The samples are those that streaming reads one by one; the shard that was not used for longest is evicted first."""
+    monkeypatch.setattr("nanogpt.shards.SHARD_BYTES", 4000)
+    text = "all work and no play " * 400
+    convert(text if kind == "text" else [(text[i:i + 9], text[i + 9:i + 40]) for i in range(300)], tmp_path / "mds")
+    split = TrainStream(make_config(tmp_path, tmp_path / "mds")).splits[0]
+    shards = split.dataset.shards
+    assert len(shards) > 2 and split.card["dtype"] == {"text": "uint16", "pairs": "int32"}[kind]
+    samples = np.concatenate([[0, split.samples - 1], np.arange(split.shard_ends[0] - 5, split.shard_ends[1])[::-3]])
+    one_by_one = np.stack([split.dataset[int(sample)]["tokens"] for sample in samples])
+    opened, before = [], split.dataset._shard_access_times.numpy().copy()
+    plain_open = open
+    monkeypatch.setattr("builtins.open", lambda file, *args: opened.append(str(file)) or plain_open(file, *args))
+    read = split.read(np.stack([samples, 0 * samples], 1)).numpy()
+    monkeypatch.undo()
+    assert np.array_equal(read, one_by_one)
+    used = np.unique(np.searchsorted(split.shard_ends, samples, "right"))
+    assert [file.rsplit("/", 1)[1] for file in opened] == [shards[i].raw_data.basename for i in used]
+    assert np.flatnonzero(split.dataset._shard_access_times.numpy() > before).tolist() == used.tolist()
+
+
+@pytest.mark.parametrize("left, said", [(None, "is missing"), (0, "sample 0 cannot be read"), (-1, "sample 1 cannot be read")])
+def test_a_shard_that_is_damaged_while_it_is_used(tmp_path, text_dataset, left, said):
+    """Its hash was compared before."""
+    copy = damaged(tmp_path, text_dataset)
+    split = TrainStream(make_config(tmp_path, copy)).splits[0]
+    file = copy / "train" / "shard.00000.mds"
+    begin = int(np.fromfile(file, "<u4", 3)[2])  # of sample 1
+    os.truncate(file, begin + 100 if left else 0)
+    if left is None:
+        file.unlink()
+    with pytest.raises(UserError, match=f"shard.00000.mds: {said}"):
+        split.read(np.array([[0, 0], [1, 0]]))
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
@@ -362,8 +399,6 @@ def test_dataset_json_and_config_must_fit(tmp_path, text_dataset):
 
 
 def test_too_small_shared_memory(tmp_path, text_dataset, monkeypatch):
-    import os
-
     free = os.statvfs_result((4096, 4096, 100, 16, 16, 10, 10, 10, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: free)
     with pytest.raises(UserError, match="/dev/shm: 64 KiB are free"):

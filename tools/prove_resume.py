@@ -87,7 +87,7 @@ def rank(folder: Path, argv: list[str]):
     build, training.build = training.build, at_the_door
     learning_rate, training.learning_rate = training.learning_rate, begins
     training.evaluate = during(EVALUATION, training.evaluate)
-    nanogpt.checkpoint.Saver.save = during(WRITING, nanogpt.checkpoint.Saver.save)
+    nanogpt.checkpoint.Saver._to_disk = during(WRITING, nanogpt.checkpoint.Saver._to_disk)
     nanogpt.checkpoint.Saver._publish = during(PUBLISHING, nanogpt.checkpoint.Saver._publish)
     tell(START)
     sys.argv = [str(ROOT / "launch" / "train.sh"), *argv]
