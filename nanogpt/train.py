@@ -129,7 +129,8 @@ def train(config: Config, device: torch.device) -> dict:
         guard.at(step + 1, "data")
         accumulation, block = config.accumulation(world_size, step), config.block(step)
         with meter.waiting_for_data():
-            tokens = [inputs_and_targets(next(batches).to(device, non_blocking=True), block) for _ in range(accumulation)]
+            read = [next(batches) for _ in range(accumulation)]
+        tokens = [inputs_and_targets(part.to(device, non_blocking=True), block) for part in read]
         count = sum((y != IGNORE).sum() for _, y in tokens)
         guard.at(step + 1, "compute")
         if world_size > 1:
