@@ -198,7 +198,7 @@ def introduce(meter, config: Config, stream, val: list, model, resumed, state: d
     import torch.distributed as dist
     c, t, ranks, epochs = config, config.train, dist.get_world_size(), stream.epochs(config.max_steps)
     device = torch.cuda.get_device_name(meter.device) if meter.device.type == "cuda" else \
-        f"CPU, {torch.get_num_threads()} threads a rank"
+        f"CPU, {torch.get_num_threads()} threads a rank, GOMP_SPINCOUNT {os.environ['GOMP_SPINCOUNT']}"
     meter.say(f"model       {model.num_params() / 1e6:.2f}M parameters: {c.model.n_layer} layers, {c.model.n_head} heads, "
               f"width {c.model.n_embd}, block {c.model.block_size}, vocabulary {c.model.vocab_size} in "
               f"{model.transformer.wte.weight.size(0)} rows")

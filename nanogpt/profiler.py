@@ -87,21 +87,21 @@ class Trace:
 def summary(events) -> list[dict]:
     """Of each traced step: {seconds, waits: {what the host called: how often}, communication_s, exposed_s}.
 
-    exposed_s: of the communication on a GPU, that during which none of its other kernels runs. events: of torch.profiler,
-    in whose ranges named ProfilerStep the steps lie.
+    exposed_s: of the communication, that during which no other kernel runs (on a CPU: no operator; gloo has threads of its
+    own). events: of torch.profiler, in whose ranges named ProfilerStep the steps lie.
     """
     host, device = ([e for e in events if (e.device_type == DeviceType.CPU) == of] for of in (True, False))
     spans = sorted((e.time_range.start, e.time_range.end) for e in host if e.name.startswith("ProfilerStep"))
     device = [e for e in device if not e.name.startswith("ProfilerStep")]
     where = device or host
     talks = union([e for e in where if is_communication(e.name)])
-    computes = union([e for e in device if not is_communication(e.name)])
+    computes = union([e for e in where if not is_communication(e.name) and (device or e.name.startswith("aten::"))])
     found = []
     for start, end in spans:
         waits = [e.name for e in host if e.name in WAITS and start <= e.time_range.start < end]
         talk, both = clipped(talks, start, end), length(overlap(clipped(talks, start, end), computes))
         found.append(dict(seconds=(end - start) / 1e6, waits={name: waits.count(name) for name in WAITS if name in waits},
-                          communication_s=length(talk) / 1e6, exposed_s=(length(talk) - both) / 1e6 if device else None))
+                          communication_s=length(talk) / 1e6, exposed_s=(length(talk) - both) / 1e6))
     return found
 
 
@@ -143,9 +143,8 @@ def in_words(steps: list[dict], first: int, cuda: bool) -> str:
     lines = []
     for number, step in enumerate(steps, start=first):
         waits = ", ".join(f"{name} {n} times" for name, n in step["waits"].items()) or "never"
-        exposed = "" if step["exposed_s"] is None else f", {step['exposed_s'] * 1e3:.2f} ms of them alone"
         lines.append(f"step {number}: {step['seconds'] * 1e3:.2f} ms on the host; communication "
-                     f"{step['communication_s'] * 1e3:.2f} ms{exposed}; "
+                     f"{step['communication_s'] * 1e3:.2f} ms, {step['exposed_s'] * 1e3:.2f} ms of them alone; "
                      + (f"the host waited for the device: {waits}" if cuda else f"numbers asked for (aten::item): {waits}"))
     lines.append("A wait is meant to be where a log line is due, and nowhere else." if cuda else
                  "There is no device that the host could wait for.")

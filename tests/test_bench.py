@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -128,6 +130,16 @@ def test_another_trainer_that_fails_is_told_in_a_line(command_line, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_another_trainer_runs_in_the_environment_of_its_user():
+    """Ours sets GOMP_SPINCOUNT when it is imported."""
+    code = "import sys; sys.path.insert(0, 'tools'); import bench, os; assert os.environ['GOMP_SPINCOUNT'] == '3000'; " \
+           "print(bench.other('echo iter 1: loss 1, time ${GOMP_SPINCOUNT:-7}ms', bench.NANOGPT, 'ms', 7, 0))"
+    for given, speed in (({}, "1000.0"), ({"GOMP_SPINCOUNT": "3000"}, "2.3333333333333335")):
+        environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | given
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == speed, done.stderr
+
+
 @pytest.mark.parametrize("argv, said", [
     (["--vs", "true"], "--vs-tokens-per-iter: how many"),
     (["--vs", "true", "--vs-unit", "tokens/s", "--vs-regex", "x"], "no group"),
@@ -224,6 +236,9 @@ def test_waits_and_communication_of_a_trace_by_hand():
     assert first["communication_s"] == pytest.approx(50e-6) and first["exposed_s"] == pytest.approx(40e-6)
     assert second["communication_s"] == pytest.approx(30e-6) and second["exposed_s"] == pytest.approx(20e-6)
     assert "step 7: 0.10 ms on the host; communication 0.05 ms, 0.04 ms of them alone" in in_words([first, second], 7, True)
+    ours = [event("ProfilerStep*", 0, 100), event("gloo:all_gather", 10, 50), event("aten::mm", 20, 60), event("FSDP::x", 0, 99)]
+    of_cpu, = summary(ours)
+    assert of_cpu["communication_s"] == pytest.approx(40e-6) and of_cpu["exposed_s"] == pytest.approx(10e-6)
 
 
 # ---- goodput --------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+THEIRS = dict(os.environ)  # of another trainer: without what the import of ours sets in it, for threads that wait
 sys.path.insert(0, str(ROOT))
 
 from nanogpt.errors import Parser, UserError, die_with_torchrun, run  # noqa: E402
@@ -318,8 +319,7 @@ def figures(m: dict, peak_tflops: float | None) -> dict:
         shown |= dict(parts_ms=parts | {"the rest": whole - sum(parts.values())}, memory_mib={
             name: n / 2**20 for name, n in m["memory"].items()}, checkpoint=m["checkpoint"], waits_per_step=waits,
             communication_ms=statistics.median(s["communication_s"] for s in m["trace"]) * 1e3,
-            exposed_ms=None if m["trace"][0]["exposed_s"] is None else
-            statistics.median(s["exposed_s"] for s in m["trace"]) * 1e3)
+            exposed_ms=statistics.median(s["exposed_s"] for s in m["trace"]) * 1e3)
     return shown
 
 
@@ -338,8 +338,7 @@ def show(f: dict):
         "; no MFU: the peak of this device is not known (--peak-tflops)"))
     print("a step      " + ", ".join(f"{name} {ms:.2f} ms" for name, ms in f["parts_ms"].items())
           + f"; waiting for data {f['data_wait']:.2%}")
-    alone = "" if f["exposed_ms"] is None else f", {f['exposed_ms']:.2f} ms of them with no other kernel beside"
-    print(f"            communication {f['communication_ms']:.2f} ms{alone}"
+    print(f"            communication {f['communication_ms']:.2f} ms, {f['exposed_ms']:.2f} ms of them with nothing computed beside"
           + (f"; the host waited for the device {f['waits_per_step']} times in the traced steps" if cuda else ""))
     c, m = f["checkpoint"], f["memory_mib"]
     print(f"checkpoint  in the background the loop stands still for {c['async_stall_s'] * 1e3:.0f} ms, else for "
@@ -436,7 +435,7 @@ def other_speeds(text: str, pattern: str, unit: str, tokens_per_iter: int | None
 
 def other(command: str, *reading) -> float:
     """The median speed of another trainer, tokens a second. UserError: it failed, or said nothing that is understood."""
-    with ended_with_us(["bash", "-c", command]) as process:
+    with ended_with_us(["bash", "-c", command], env=THEIRS) as process:
         said = process.communicate()[0]
     if process.returncode:
         last = (said.strip().splitlines() or ["it said nothing"])[-1]
