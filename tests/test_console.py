@@ -259,7 +259,7 @@ def test_two_ranks_on_a_terminal(text_dataset, tmp_path):
     assert heads == ["model", "data", "batch", "sharding", "device", "memory", "run", "overridden"]
     told = " ".join(" ".join(left[7:]).partition("step ")[0].split())
     assert told.startswith("overridden model.n_layer 2 (12), model.n_head 2 (12), ") and told.endswith(" more")
-    assert "train.precision float32 (bfloat16), train.compile false (null), log.interval 1 (10)" in told
+    assert "train.precision float32 (auto), train.compile false (null), log.interval 1 (10)" in told
 
 
 # ---- --help ---------------------------------------------------------------------------------------------------------
