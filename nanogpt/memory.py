@@ -76,7 +76,7 @@ def kept(c: Config, cuda: bool) -> list[tuple[str, float, str]]:
     short = not cuda and (e == 2 and T <= 512 or m.dropout > 0)   # plain_attention
     seen = sum(min(T, i + ROWS) * min(ROWS, T - i) for i in range(0, T, ROWS)) / T if hand else T
     flex = cuda and compiled and not m.dropout and 16 <= D <= 128
-    tensors = [("x", e * C, "sf" + x), norm, ("ln_1(x)", e * C, "n")]
+    tensors: list[tuple[str, float, str]] = [("x", e * C, "sf" + x), norm, ("ln_1(x)", e * C, "n")]
     if hand or short:                                             # no fused kernel: (heads, T, T) is kept, or half of it
         tensors += [("q, k, v", e * (H + 2 * K) * D, "s"), ("q, k, v by head", e * 3 * H * D, "n"),
                     ("attention to each token", e * H * seen * ((3 - hand) if m.dropout else 1), "n"),

@@ -33,7 +33,8 @@ def make_optimizer(model: GPT, c: Optim, dtype: torch.dtype = torch.bfloat16) ->
     groups = [g for g in groups if g["params"]]
     kind = Muon if c.name == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=1e-8, fused=True)
-    optimizer.dtype = dtype
+    if isinstance(optimizer, Muon):
+        optimizer.dtype = dtype
     return optimizer
 
 
