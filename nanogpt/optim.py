@@ -73,17 +73,18 @@ class Muon(torch.optim.AdamW):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         weights, grads, momenta = ([t.to_local() if isinstance(t, DTensor) else t for t in of] for of in
                                    (params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]))
-        rate = group["lr"]
+        grad, momentum, rate = torch.stack(grads), torch.stack(momenta), group["lr"]  # (n, rows, columns): few kernels
         if (scale := getattr(self, "grad_scale", None)) is not None:              # both as AdamW's kernel does, without
-            grads = [g / scale for g in grads]                                    # asking the device
+            grad.div_(scale)                                                      # asking the device
         if (bad := getattr(self, "found_inf", None)) is not None:
-            grads = [torch.where(bad > 0, m, g) for m, g in zip(momenta, grads)]  # the momentum stays what it is,
+            grad = torch.where(bad > 0, momentum, grad)                           # the momentum stays what it is,
             rate = rate * (1 - bad)                                               # and the step has no length
-        for m, g in zip(momenta, grads):
-            m.lerp_(g, 1 - self.MOMENTUM)
-        ahead = torch.stack([g.lerp(m, self.MOMENTUM).to(self.dtype) for m, g in zip(momenta, grads)])  # Nesterov's
-        for w, update in zip(weights, orthogonal_rows(ahead, params[0], group["heights"], dealt)):
-            w.mul_(1 - rate * group["weight_decay"]).sub_(rate * update)
+        momentum.lerp_(grad, 1 - self.MOMENTUM)
+        torch._foreach_copy_(momenta, momentum.unbind())
+        ahead = grad.lerp_(momentum, self.MOMENTUM).to(self.dtype)                # Nesterov's
+        update = orthogonal_rows(ahead, params[0], group["heights"], dealt)
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        torch._foreach_sub_(weights, update.mul_(rate).unbind())
 
 
 def orthogonal_rows(local: torch.Tensor, like: torch.Tensor, heights: tuple[int, ...], dealt: int = 0) -> torch.Tensor:
