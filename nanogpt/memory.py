@@ -146,6 +146,10 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
         n = CHUNK_LOGITS // rows * rows                                            # logits of a chunk, and their log p
         loss = 8 * n + 4 * head + e * tokens * C
 
+    # Muon, of the matrices of one shape at once: copies of gradient and momentum, and what its iterations have at work.
+    matrices = [held(shape, shards) * trained for _, shape, _, trained in blocks if len(shape) == 2]
+    muon = (8 + 6 + e) * max(matrices) * (c.optim.name == "muon")
+
     aside = 0 if cuda or not c.checkpoint.async_save else state["weights"] + state["optimizer"]
     moments = [
         # the loss, when all activations are there
@@ -156,7 +160,7 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
         # its end: the root's gradients
         dict(gradients=state["gradients"] * (more and not late), communication=last),
         # the optimizer
-        dict(gradients=state["gradients"])]
+        dict(gradients=state["gradients"] + muon)]
     fullest = max(moments, key=lambda moment: sum(moment.values()))
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "loss", "communication", "checkpoint")
     found = dict(weights=state["weights"], optimizer=state["optimizer"], checkpoint=aside) | fullest

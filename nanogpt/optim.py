@@ -60,20 +60,21 @@ class Muon(torch.optim.AdamW):
         dealt = 0
         for group in self.param_groups:
             if "heights" in group:
-                self.muon([p for p in group["params"] if p.grad is not None], group, dealt)
+                self.muon(group, dealt)
                 dealt += len(group["params"])
-                for p in group["params"]:
-                    p.grad = None  # so that AdamW leaves it alone
         super().step(closure)
 
-    def muon(self, params: list[torch.Tensor], group: dict, dealt: int):
-        """One step of some matrices. dealt: how many others were orthogonalised in this step."""
+    def muon(self, group: dict, dealt: int):
+        """One step of a group. dealt: how many other matrices were orthogonalised in this step."""
+        params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         weights, grads, momenta = ([t.to_local() if isinstance(t, DTensor) else t for t in of] for of in
                                    (params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]))
         grad, momentum, rate = torch.stack(grads), torch.stack(momenta), group["lr"]  # (n, rows, columns): few kernels
+        for p in params:
+            p.grad = None                                                         # so that AdamW leaves it alone
         if (scale := getattr(self, "grad_scale", None)) is not None:              # both as AdamW's kernel does, without
             grad.div_(scale)                                                      # asking the device
         if (bad := getattr(self, "found_inf", None)) is not None:
@@ -119,7 +120,7 @@ def orthogonal_rows(local: torch.Tensor, like: torch.Tensor, heights: tuple[int,
             local[theirs[r].start::world] = part
         whole = local
     scale = torch.cat([torch.full((h, 1), 0.2 * math.sqrt(max(h, columns)), device=home) for h in heights])
-    return whole.to(home).float() * scale[rows[rank]]
+    return whole.to(home).float().mul_(scale[rows[rank]])
 
 
 def exchange(parts: list[torch.Tensor], shapes: list[tuple]) -> list[torch.Tensor]:

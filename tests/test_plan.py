@@ -47,7 +47,7 @@ def measured_states(configs: list[Config]) -> list[dict]:
     found = []
     for config in configs:
         model = build(config, torch.device("cpu"))
-        optimizer = make_optimizer(model, config.optim)
+        optimizer = make_optimizer(model, config.optim, getattr(torch, config.train.precision))
         ids = torch.zeros(1, 8, dtype=torch.int64)
         model(ids, ids).backward()
         params = [p for p in model.parameters()]
@@ -138,7 +138,10 @@ PEAKS = [(make(), 1 << 26), (make(activation_checkpointing="full"), 1 << 26),
          (make(strategy="replicate"), 1 << 26),
          (make(dict(block_size=128, n_embd=128), strategy="grad"), 1 << 26),        # fullest at the end of backward
          (make(dict(vocab_size=3000), FLOAT32), 1 << 26), (make(MODERN), 1 << 26),        # … in the loss
-         (make(dict(vocab_size=1000)), SMALL_CHUNKS), (make(dict(vocab_size=1000), FLOAT32), SMALL_CHUNKS)]
+         (make(dict(vocab_size=1000)), SMALL_CHUNKS), (make(dict(vocab_size=1000), FLOAT32), SMALL_CHUNKS),
+         *((make(dict(block_size=32, n_embd=128, mlp=mlp), dict(precision=precision)).model_copy(    # … in the optimizer
+             update=dict(optim=Optim(name="muon"))), 1 << 26) for mlp, precision in (
+                 ("gelu", "float32"), ("gelu", "bfloat16"), ("swiglu", "bfloat16")))]
 
 
 def train_steps(config: Config, device: torch.device, measured):
@@ -147,7 +150,7 @@ def train_steps(config: Config, device: torch.device, measured):
 
     from nanogpt.optim import make_optimizer
     model = build(config, device)
-    optimizer = make_optimizer(model, config.optim)
+    optimizer = make_optimizer(model, config.optim, getattr(torch, config.train.precision))
     last = config.accumulation(dist.get_world_size()) - 1
     ids = torch.zeros(config.train.micro_batch_size, config.model.block_size, dtype=torch.int64, device=device)
 
