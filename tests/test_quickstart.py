@@ -83,7 +83,8 @@ def test_a_failed_installation_does_not_count(clone):
 
 
 def test_an_interrupted_installation_ends_pip_and_does_not_count(clone):
-    started = subprocess.Popen(["bash", "-c", SET_UP], cwd=clone.folder, env=clone.env | {"PIP_TAKES": "54321"},
+    takes = str(10**6 + os.getpid())  # seconds, as no other test of this machine has them
+    started = subprocess.Popen(["bash", "-c", SET_UP], cwd=clone.folder, env=clone.env | {"PIP_TAKES": takes},
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not clone.installations():
         assert started.poll() is None
@@ -91,7 +92,7 @@ def test_an_interrupted_installation_ends_pip_and_does_not_count(clone):
     started.send_signal(signal.SIGINT)
     assert "stopped" in started.communicate(timeout=20)[1]
     assert started.returncode == 130
-    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if _read(p) == b"sleep\x0054321\x00"]
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if _read(p) == f"sleep\0{takes}\0".encode()]
     assert not left
     assert clone.run(SET_UP).returncode == 0
     assert clone.installations() == 2
