@@ -39,12 +39,13 @@ def test_two_of_four_ways(launcher, ranks, text_dataset, tmp_path):
     (["--nproc_per_node=2", "CONFIG"], 1, "absent/dataset.json: is missing"),
     (["--nproc_per_node=two", "CONFIG"], 1, "Unsupported nproc_per_node value: two (see torchrun --help)"),
     (["--nprocs=2", "CONFIG"], 2, "unrecognized arguments: --nprocs=2 (see torchrun --help)"),
-], ids=["missing data", "wrong value", "unknown option"])
+    (["--numa-binding=node", "--nproc_per_node=2", "CONFIG"], 1, "--numa-binding: binds ranks to the cores next to their GPUs"),
+], ids=["missing data", "wrong value", "unknown option", "NUMA without GPUs"])
 def test_torchrun_from_within_ends_in_one_line(text_dataset, tmp_path, options, status, said):
     config = tmp_path / "bad.yaml"
     config.write_text(f"data: {{path: {tmp_path}/absent}}\nrun: {{dir: {tmp_path}/run}}")
     options = [str(config) if word == "CONFIG" else word for word in options]
     done = subprocess.run(["bash", "launch/train.sh", *options, *SMALL, "--train.max_steps=6", "--train.micro_batch_size=2"],
-                          cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180)
+                          cwd=ROOT, env=ENV | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=180)
     assert done.returncode == status
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
