@@ -81,6 +81,7 @@ def start_torchrun(words: list[str]):
     quiet = "TORCH_CPP_LOG_LEVEL" not in os.environ
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read by this import: no pages of C++ frames where a port is closed
 
+    import torch
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -93,8 +94,8 @@ def start_torchrun(words: list[str]):
     parser = get_args_parser()
     parser.error = lambda message: report(f"{message} (see torchrun --help)") or sys.exit(2)
     args = parser.parse_args(["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", *words])
-    if args.numa_binding and not local_gpus():
-        raise UserError("--numa-binding: binds ranks to the cores next to their GPUs, and there are no GPUs here; leave it out")
+    if args.numa_binding and not torch.cuda.is_available():
+        raise UserError("--numa-binding: binds ranks to the cores next to their GPUs, and PyTorch finds none here; leave it out")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, with a banner; ranks.py takes the cores there are
     try:
         torchrun(args)

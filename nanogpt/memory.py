@@ -147,11 +147,11 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
         loss = 8 * n + 4 * head + e * tokens * C
 
     # Muon, of the matrices of one shape at once: copies of gradient and momentum, and what its iterations have at work.
-    matrices = [held(shape, shards) * trained for _, shape, _, trained in blocks if len(shape) == 2]
-    muon = (8 + 6 + e) * max(matrices) * (c.optim.name == "muon")
+    muon = (8 + 6 + e) * max((held(shape, shards) * trained for name, shape, _, trained in blocks
+                              if moments(c, name, shape) == 1), default=0)
 
     aside = 0 if cuda or not c.checkpoint.async_save else state["weights"] + state["optimizer"]
-    moments = [
+    stages = [
         # the loss, when all activations are there
         dict(gathered=gathered, gradients=summed, activations=acts, loss=loss),
         # backward: in the last block nothing is on its way yet; in the one before, the last one's activations are gone
@@ -161,7 +161,7 @@ def predict(c: Config, world_size: int, local_world_size: int | None = None, cud
         dict(gradients=state["gradients"] * (more and not late), communication=last),
         # the optimizer
         dict(gradients=state["gradients"] + muon)]
-    fullest = max(moments, key=lambda moment: sum(moment.values()))
+    fullest = max(stages, key=lambda stage: sum(stage.values()))
     names = ("weights", "gradients", "optimizer", "gathered", "activations", "loss", "communication", "checkpoint")
     found = dict(weights=state["weights"], optimizer=state["optimizer"], checkpoint=aside) | fullest
     return {name: round(found.get(name, 0)) for name in names}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv as launch/quickstart.sh does, then runs the whole test suite, three files at a time, for some of them wait. Options are pytest's:
+# Sets up .venv as launch/quickstart.sh does, then runs the whole test suite, three files at a time, for some of them wait.
+# Options are pytest's:
 #
 #     bash tests/run.sh
 #     bash tests/run.sh -x -k checkpoint

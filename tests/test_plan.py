@@ -28,14 +28,17 @@ def make(model=(), train=(), **sharding) -> Config:
                   sharding=sharding, checkpoint=dict(async_save=False))
 
 
+def by_muon(config: Config) -> Config:
+    return config.model_copy(update=dict(optim=Optim(name="muon")))
+
+
 # ---- states: exactly ------------------------------------------------------------------------------------------------
 
 STATES = [make(dict(n_embd=36, n_head=2, n_layer=2, block_size=33) | model, dict(freeze_blocks=frozen), **sharding)
           for sharding in (dict(strategy="full"), dict(strategy="grad"), dict(strategy="hybrid", shard_size=2),
                            dict(strategy="replicate"))
           for model, frozen in ((MODERN | dict(n_kv_head=1), 0), (dict(), 1))]
-STATES.append(make(dict(n_embd=36, n_head=2, n_layer=2, block_size=33), strategy="full").model_copy(
-    update=dict(optim=Optim(name="muon"))))
+STATES.append(by_muon(make(dict(n_embd=36, n_head=2, n_layer=2, block_size=33), strategy="full")))
 
 
 def measured_states(configs: list[Config]) -> list[dict]:
@@ -47,7 +50,7 @@ def measured_states(configs: list[Config]) -> list[dict]:
     found = []
     for config in configs:
         model = build(config, torch.device("cpu"))
-        optimizer = make_optimizer(model, config.optim, getattr(torch, config.train.precision))
+        optimizer = make_optimizer(model, config.optim)
         ids = torch.zeros(1, 8, dtype=torch.int64)
         model(ids, ids).backward()
         params = [p for p in model.parameters()]
@@ -139,9 +142,8 @@ PEAKS = [(make(), 1 << 26), (make(activation_checkpointing="full"), 1 << 26),
          (make(dict(block_size=128, n_embd=128), strategy="grad"), 1 << 26),        # fullest at the end of backward
          (make(dict(vocab_size=3000), FLOAT32), 1 << 26), (make(MODERN), 1 << 26),        # … in the loss
          (make(dict(vocab_size=1000)), SMALL_CHUNKS), (make(dict(vocab_size=1000), FLOAT32), SMALL_CHUNKS),
-         *((make(dict(block_size=32, n_embd=128, mlp=mlp), dict(precision=precision)).model_copy(    # … in the optimizer
-             update=dict(optim=Optim(name="muon"))), 1 << 26) for mlp, precision in (
-                 ("gelu", "float32"), ("gelu", "bfloat16"), ("swiglu", "bfloat16")))]
+         *((by_muon(make(dict(block_size=32, n_embd=128, mlp=mlp), dict(precision=precision))), 1 << 26)  # … in the optimizer
+           for mlp, precision in (("gelu", "float32"), ("gelu", "bfloat16"), ("swiglu", "bfloat16")))]
 
 
 def train_steps(config: Config, device: torch.device, measured):
