@@ -139,17 +139,17 @@ class Meter:
         mfu = tokens_per_s * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
         hfu = mfu * (1 + self.recomputed / self.flops_per_token) if mfu else None
         self.clock["trained_s"] += seconds * self.warm  # the first step of a start compiles: its time is lost
-        self.warm = True
+        self.warm, now = True, time.time()
         record = dict(step=step, tokens=self.tokens(step), loss=loss, learning_rate=learning_rate,
                       grad_norm=grad_norm, step_time_s=seconds / steps, tokens_per_s=tokens_per_s, mfu=mfu, hfu=hfu,
-                      data_wait_fraction=self.waited / seconds, goodput=self.goodput(),
-                      memory_gib=memory_gib(self.device), time=time.time())
+                      data_wait_fraction=self.waited / seconds, goodput=self.goodput(now),
+                      memory_gib=memory_gib(self.device), time=now)
         self.start(step)
         return record
 
-    def goodput(self) -> float | None:
+    def goodput(self, now: float) -> float | None:
         """Training time as a share of the time since the run was first started; None on ranks that do not write."""
-        return self.clock["began"] and self.clock["trained_s"] / max(1e-9, time.time() - self.clock["began"])
+        return self.clock["began"] and self.clock["trained_s"] / max(1e-9, now - self.clock["began"])
 
     # ---- words ------------------------------------------------------------------------------------------------------
 

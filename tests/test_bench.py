@@ -271,7 +271,7 @@ def test_goodput_over_a_kill_and_a_restart(ranks, text_dataset, tmp_path):
     trained, before = 0.0, 0
     for record in second:
         trained += record["step_time_s"] * (record["step"] - before) * (record["step"] not in (1, 5))
-        assert record["goodput"] == pytest.approx(trained / (record["time"] - began), rel=0.01, abs=1e-4), record["step"]
+        assert record["goodput"] == pytest.approx(trained / (record["time"] - began)), record["step"]
         before = record["step"]
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())
     assert state["clock"] == {"began": began, "trained_s": pytest.approx(trained)}
