@@ -31,8 +31,9 @@ def _become(command, cwd, env, stdout, stderr):
         pipe.close()
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w", buffering=1, errors="backslashreplace")
     os.chdir(cwd)
+    at_import = {"GOMP_SPINCOUNT": os.environ["GOMP_SPINCOUNT"]}  # nanogpt sets it, and is imported already
     os.environ.clear()
-    os.environ.update(env)
+    os.environ.update(at_import | env)
     mp.resource_tracker._resource_tracker.__init__()  # one of its own, whose complaints are the command's
     sys.argv, sys.path[:0] = command, [os.path.dirname(os.path.abspath(command[0]))]
     try:

@@ -359,7 +359,7 @@ RUN = ["launch/train.sh", "c.yaml", *SMALL, "--train.max_steps=16", "--train.mic
        "--train.global_batch_size=48", "--data.num_canonical_nodes=1", "--data.shuffle_block_size=120"]
 RUNS = {  # the command, where the data is, and the share of requests that fail
     "shaky": ([*TORCHRUN, *RUN, "--data.cache_limit=40kb"], "s3://good/plain", 1 / 3),  # the shards take 80
-    "missing": ([*TORCHRUN, *RUN], "s3://holey/plain", 0),
+    "missing": ([*TORCHRUN, *RUN, "--run.timeout_s=900"], "s3://holey/plain", 0),
     "full": ([*OWN_MOUNTS, 'mount -t tmpfs -o size=48k none cache && exec "$@"', "-", "bash", *RUN,
               "--data.cache_dir=cache"], "s3://good/plain", 0),
 }
@@ -383,7 +383,7 @@ def runs(request, buckets, folders, tmp_path_factory):
         (here / "c.yaml").write_text(f"data: {{path: {path}}}")
         env = ENV | AWS | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "S3_ENDPOINT_URL": address}
         start = time.monotonic()
-        done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=400)
         return done.returncode, done.stderr, time.monotonic() - start, here
 
     wanted = [name for name in RUNS for item in request.session.items
@@ -431,6 +431,6 @@ def test_two_ranks_from_a_shaky_server(runs, ranks, folders, tmp_path):
 @needs("missing")
 def test_two_ranks_end_when_a_shard_is_missing(runs):
     status, stderr, seconds, _ = runs["missing"].result()
-    assert status != 0 and seconds < 60
+    assert status != 0 and seconds < 300  # well before run.timeout_s
     assert len(errors(stderr)) == 1, stderr
     assert "s3://holey/plain/train/shard.00003.mds: cannot be fetched" in errors(stderr)[0]

@@ -313,10 +313,12 @@ def figures(m: dict, peak_tflops: float | None) -> dict:
                  hfu=mfu and mfu * (1 + m["recomputed"] / m["flops_per_token"]), peak_tflops=peak and peak / 1e12,
                  data_wait=m["data_s"] / sum(m["step_s"]), peak_mib=m["memory"]["peak"] / 2**20, startup_s=m["startup"])
     if m["trace"]:
-        parts = {name: statistics.median(values) * 1e3 for name, values in m["parts"].items()}
-        whole = parts.pop("whole")
+        of_steps = dict(m["parts"])
+        whole = of_steps.pop("whole")
+        of_steps["the rest"] = [step - sum(those) for step, *those in zip(whole, *of_steps.values())]
+        parts = {name: statistics.median(values) * 1e3 for name, values in of_steps.items()}
         waits = [sum(n for name, n in step["waits"].items() if name != "aten::item") for step in m["trace"]]
-        shown |= dict(parts_ms=parts | {"the rest": whole - sum(parts.values())}, memory_mib={
+        shown |= dict(parts_ms=parts, memory_mib={
             name: n / 2**20 for name, n in m["memory"].items()}, checkpoint=m["checkpoint"], waits_per_step=waits,
             communication_ms=statistics.median(s["communication_s"] for s in m["trace"]) * 1e3,
             exposed_ms=statistics.median(s["exposed_s"] for s in m["trace"]) * 1e3)
