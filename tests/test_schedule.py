@@ -130,7 +130,7 @@ def test_killed_within_the_ramp_and_resumed_on_fewer_ranks(tmp_path, text_datase
     process = subprocess.Popen([*TORCHRUN, str(ROOT / "launch" / "train.sh"), *argv, "--train.max_steps=13"], env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     losses = plain_loop(text_dataset, tmp_path)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and not (
             metrics.exists() and metrics.read_text().count("\n") >= 7):
         time.sleep(0.005)
