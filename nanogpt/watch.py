@@ -135,7 +135,7 @@ class Watch:
             # Compiling and saving may take long; a rank that does not even beat meanwhile is gone.
             if self.store and self._patient() and self.idle > self.ask_after:
                 self.ask_after = self.idle + self.run.timeout_s
-                if self._silent(max(3 * BEAT_S, self.run.timeout_s / 4)):
+                if self._silent(max(3 * BEAT_S, self.run.timeout_s / 4)) and self.idle:  # the loop did not go on meanwhile
                     self._end(f"no progress for {self.idle:.0f} s")
             if asked_at and (self.phase == "start" or self.phase == "evaluation" and self.first):
                 # Nothing to save yet, and perhaps a collective that has no end.

@@ -307,6 +307,37 @@ def test_a_rank_that_hangs_in_a_save_is_not_waited_for(small_run, tmp_path):  # 
     assert "rank 0" in (tmp_path / "err").read_text() and "step 2, checkpoint" in (tmp_path / "err").read_text()
 
 
+def looked_after(argv: list[str], goes_on: bool) -> int:
+    """One of two ranks that saves; the other's beats are late, and while it is listened for, the save may come to its end."""
+    from unittest import mock
+
+    from nanogpt.config import load_config
+    from nanogpt.ranks import init_process_group
+    from nanogpt.watch import Watch
+    config, ends, listened = load_config(argv, 2, 2), [], []
+    init_process_group(config)
+
+    def silent(self, seconds):
+        listened.append(seconds)
+        if goes_on:
+            self.at(len(listened), "checkpoint")
+        return True
+
+    with mock.patch.object(Watch, "_silent", silent), mock.patch.object(Watch, "_end", lambda self, why: ends.append(why)):
+        guard = Watch(config.run)
+        while len(listened) < 2:
+            time.sleep(0.05)
+        guard.close()
+    return len(ends)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_rank_that_goes_on_is_not_ended_for_late_beats(small_run, ranks, goes_on):  # noqa: F811
+    argv = [*command(small_run, "late")[2:], "--run.timeout_s=0.4"]
+    ended = ranks(2, looked_after, argv, goes_on)
+    assert ended == [0, 0] if goes_on else min(ended) >= 1
+
+
 def test_a_killed_rank_without_restarts_is_told_in_one_line(small_run):  # noqa: F811
     process = started(small_run, "alone", *SLOWLY, launcher=WITHIN)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
