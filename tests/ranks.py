@@ -11,7 +11,7 @@ import traceback
 from forked import CONTEXT
 
 RANKS = 4
-TIMEOUT_S = 180
+TIMEOUT_S = 400
 
 
 def _serve(rank: int, pipe):

@@ -30,7 +30,7 @@ from conftest import convert
 from forked import run_forked
 
 ROOT = Path(__file__).parents[1]
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 CKPT = "run/checkpoints/step-00000003"
 SMALL = """
 run: {dir: run}

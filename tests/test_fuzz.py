@@ -40,7 +40,7 @@ from nanogpt.shards import load_dataset_card
 from nanogpt.sharding import build
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
-TIMEOUT_S = 30  # of one example
+TIMEOUT_S = 120  # of one example
 CPU = torch.device("cpu")
 CONFIG = {
     "run": {"name": "fuzz", "seed": 1, "resume": "auto", "timeout_s": 60.0},

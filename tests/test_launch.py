@@ -25,7 +25,7 @@ def test_two_of_four_ways(launcher, ranks, text_dataset, tmp_path):
     config = tmp_path / "launched.yaml"
     config.write_text(f"data: {{path: {text_dataset}}}\nrun: {{dir: {tmp_path}/run}}")
     command = [*launcher, str(config), *SMALL, "--train.max_steps=6", "--train.micro_batch_size", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert f"8 sequences = {ranks} ranks x 2 x {4 // ranks} accumulated" in done.stdout  # rank 0 alone speaks
     assert done.stdout.count("step 6/6") == 1
@@ -46,6 +46,6 @@ def test_torchrun_from_within_ends_in_one_line(text_dataset, tmp_path, options, 
     config.write_text(f"data: {{path: {tmp_path}/absent}}\nrun: {{dir: {tmp_path}/run}}")
     options = [str(config) if word == "CONFIG" else word for word in options]
     done = subprocess.run(["bash", "launch/train.sh", *options, *SMALL, "--train.max_steps=6", "--train.micro_batch_size=2"],
-                          cwd=ROOT, env=ENV | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=180)
+                          cwd=ROOT, env=ENV | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=400)
     assert done.returncode == status
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr

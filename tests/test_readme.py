@@ -35,7 +35,7 @@ def test_commands(tmp_path, transformers, monkeypatch, capsys):
     commands = [line for block in blocks("bash") for line in block.splitlines() if line != ". .venv/bin/activate"]
     assert len(commands) >= 7
     for line in commands:
-        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     run = tmp_path / "runs" / "readme"
     assert {p.name for p in run.iterdir()} == {".lock", ".started", "checkpoints", "config.yaml", "log.txt", "loss.png", "metrics.jsonl",
