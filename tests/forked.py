@@ -76,7 +76,7 @@ class Forked:
     def returncode(self):
         return self.poll()
 
-    def wait(self, timeout=120) -> int:
+    def wait(self, timeout=300) -> int:
         limit = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > limit:
@@ -84,7 +84,7 @@ class Forked:
             time.sleep(0.005)
         return self.poll()
 
-    def communicate(self, timeout=120) -> tuple[str, str]:
+    def communicate(self, timeout=300) -> tuple[str, str]:
         self.wait(timeout)
         for reader in self.readers:
             reader.join()
@@ -98,7 +98,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def run_forked(command, cwd=".", env=None, timeout=120) -> subprocess.CompletedProcess:
+def run_forked(command, cwd=".", env=None, timeout=300) -> subprocess.CompletedProcess:
     """subprocess.run([sys.executable, *command], capture_output=True, text=True, …)"""
     process = Forked(command, cwd, env)
     try:
