@@ -341,8 +341,9 @@ def test_a_rank_that_goes_on_is_not_ended_for_late_beats(small_run, ranks, goes_
 def test_a_killed_rank_without_restarts_is_told_in_one_line(small_run):  # noqa: F811
     process = started(small_run, "alone", *SLOWLY, launcher=WITHIN)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
+    began = time.monotonic()
     out, err = process.communicate(timeout=180)
-    assert process.returncode == 1
+    assert process.returncode == 1 and time.monotonic() - began < 20
     assert err == ("error: rank 1 was ended by SIGKILL (out of memory, perhaps); the same command goes on from the last "
                    "checkpoint\n")
 
@@ -353,7 +354,7 @@ def test_ranks_do_not_outlive_torchrun(small_run):  # noqa: F811
     assert len(ranks) == 2
     process.kill()
     process.wait()
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in ranks):
         assert time.monotonic() < limit
         time.sleep(0.02)

@@ -134,7 +134,7 @@ def test_long_runs_are_quick(ranks_file):
     start = time.monotonic()
     for text in ("t" * 300_000, "=" * 300_000, " " * 300_000 + "the", "the\n" * 100_000):
         assert from_name(ranks_file).decode(from_name(ranks_file).encode(text)) == text
-    assert time.monotonic() - start < 60  # quadratic: minutes
+    assert time.monotonic() - start < 10  # quadratic: minutes
 
 
 def test_text_that_cannot_be_encoded(tokenizer):
@@ -497,7 +497,7 @@ def check_gpt2_is_explained(tmp_path):
     with pytest.raises(UserError) as error:
         from_name("gpt2")
     message = str(error.value)
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 5
     assert "\n" not in message and str(tmp_path) in message and "TIKTOKEN_CACHE_DIR" in message
     for name in ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"):
         assert name in message  # under which tiktoken looks for the two files: sha1sum of their addresses
